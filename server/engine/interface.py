@@ -1,0 +1,164 @@
+"""The one interface that the API, the offline half and the benches use to talk to an engine.
+
+Engines (native here, others behind ``server/backends``) implement ``AsyncEngine``; nothing above this line knows
+which one runs. No HTTP, no tensors.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenEvent
+
+EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back for one model; safe to call from any thread."""
+
+    vocab_size: int
+    eos_ids: frozenset[int]
+    sha256: str
+    has_chat_template: bool
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; incomplete UTF-8 becomes U+FFFD."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token on its own, special tokens included (for logprobs)."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The exact bytes that one token adds to the text."""
+        ...
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Prompt ids of a conversation; raises InvalidRequestError when the template refuses it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model as clients may know it.
+
+    ``drafts`` are the proposer names a request may choose; ``default_draft`` is None when speculation is off by
+    default. ``system_fingerprint`` changes when weights, formats or engine change.
+    """
+
+    name: str
+    created: int
+    context_length: int
+    vocab_size: int
+    tokenizer: Tokenizer
+    drafts: tuple[str, ...] = ()
+    default_draft: str | None = None
+    max_draft_tokens: int = 0
+    system_fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a model's queue looks like right now (for gauges, tests and Retry-After)."""
+
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one engine step did; recorded by an ``EngineObserver``.
+
+    ``phase_seconds`` has the keys schedule, draft, forward, sample and commit.
+    ``accepted_per_block`` and ``drafted_per_block`` have one entry per verified block, same order.
+    ``disabled`` lists reasons for which speculation was skipped for a sequence that wanted it.
+    """
+
+    model: str
+    phase_seconds: Mapping[str, float]
+    prompt_tokens: int
+    generated_tokens: int
+    drafted_per_block: Sequence[int] = ()
+    accepted_per_block: Sequence[int] = ()
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    disabled: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Timings of one finished choice, seconds; ``finished_reason`` is ``"abort"`` when the client left."""
+
+    model: str
+    finished_reason: FinishReason | Literal["abort", "error"]
+    queue_seconds: float
+    first_token_seconds: float | None
+    inter_token_seconds: Sequence[float]
+    total_seconds: float
+    speculation: SpeculationStats
+
+
+class EngineObserver(Protocol):
+    """Receives statistics on the engine thread; must be quick and must not raise."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """One engine step is done."""
+        ...
+
+    def on_request(self, stats: RequestStats) -> None:
+        """One choice is finished."""
+        ...
+
+
+class AsyncEngine(Protocol):
+    """Asyncio face of an engine."""
+
+    @property
+    def state(self) -> EngineState:
+        """Current life-cycle state."""
+        ...
+
+    @property
+    def models(self) -> Mapping[str, ModelInfo]:
+        """Served models by name; empty until loaded."""
+        ...
+
+    async def start(self) -> None:
+        """Load the models and start stepping; returns when ready. Raises UserError if a model cannot load."""
+        ...
+
+    def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """Queue a request and iterate over its events until every choice has finished.
+
+        Closing the iterator early (``aclose``) cancels the request and frees its blocks within one step.
+
+        Raises:
+            QueueFullError: the waiting queue is at its limit.
+            UnavailableError: loading, draining or stopped.
+            InvalidRequestError: the request can never run (unknown model or draft, too long).
+            EngineError: from the iterator, when the engine failed while the request was running.
+        """
+        ...
+
+    def loads(self) -> Mapping[str, Load]:
+        """Running and waiting choices per model."""
+        ...
+
+    def kv_usage(self) -> float:
+        """Share of the KV blocks in use by running sequences, 0..1 (cached but unused blocks count as free)."""
+        ...
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Refuse new requests and wait for running ones; False if the timeout came first."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop at once; running requests end with UnavailableError."""
+        ...
