@@ -1,7 +1,7 @@
 """Every exception a user can cause or see, in one tree, and the one table that maps it to HTTP.
 
     PacelineError
-     |-- UserError                 what the person at the command line can mend (exit code 1, or 2 for ConfigError)
+     |-- UserError                 what the person at the command line can mend (exit code 1; ConfigError: 2)
      |    |-- ConfigError          bad flag, environment variable or configuration file
      |    |-- ModelNotFoundError   a model reference that names nothing
      |    |-- UnsupportedModelError  an architecture or format that the native engine does not run
@@ -18,10 +18,16 @@ This module imports nothing of ours and no HTTP library.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class PacelineError(Exception):
-    """Base of everything Paceline raises on purpose; ``str(error)`` is one line fit for a user."""
+    """Base of everything Paceline raises on purpose; ``str(error)`` is one line fit for a user.
+
+    ``exit_code`` is what the command line returns; it knows our errors by this attribute, not by import.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 class UserError(PacelineError):
@@ -30,6 +36,8 @@ class UserError(PacelineError):
 
 class ConfigError(UserError):
     """A bad flag, environment variable or configuration file."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ModelNotFoundError(UserError):

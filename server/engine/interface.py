@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenEvent
 
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
+#: Why a choice ended; "abort" when the client left.
+FinishedReason = FinishReason | Literal["abort", "error"]
 
 
 class Tokenizer(Protocol):
@@ -94,10 +96,10 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """Timings of one finished choice, seconds; ``finished_reason`` is ``"abort"`` when the client left."""
+    """Timings of one finished choice, seconds."""
 
     model: str
-    finished_reason: FinishReason | Literal["abort", "error"]
+    finished_reason: FinishedReason
     queue_seconds: float
     first_token_seconds: float | None
     inter_token_seconds: Sequence[float]

@@ -1,0 +1,88 @@
+"""Counter-based Gumbel noise for requests with a seed.
+
+Owns one pure function: noise = f(seed, choice, position, token id). No state, no generator, no other row
+enters, so a token's noise is the same alone or in a crowd, for the draft and for the target, before and after
+a preemption. That is what coupled (drafter-invariant) verification rests on (Daliri et al., 2408.07978).
+
+Construction: seed, choice and position are absorbed into a 64-bit key with the finaliser of SplitMix64 (a
+bijection of 64-bit words); the key starts a SplitMix64 stream that the token id indexes. torch lacks unsigned
+64-bit arithmetic on some devices: words live in int64, with wrapping products and masked (logical) shifts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WORD = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = 0x94D049BB133111EB
+#: Uniforms are (k + 1/2) / 2**52 with 0 <= k < 2**52: exact in float64 and strictly between 0 and 1.
+_UNIFORM_BITS = 52
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit word."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _mix(word: int) -> int:
+    """SplitMix64's finaliser on a Python integer."""
+    word = ((word ^ (word >> 30)) * _MULTIPLIER_1) & _WORD
+    word = ((word ^ (word >> 27)) * _MULTIPLIER_2) & _WORD
+    return word ^ (word >> 31)
+
+
+def _key(seed: int, choice: int, position: int) -> int:
+    """64-bit key of one row; integers enter modulo 2**64, so negative seeds are fine."""
+    key = 0
+    for word in (seed, choice, position):
+        key = _mix((key + _GAMMA & _WORD) ^ (word & _WORD))
+    return key
+
+
+def _xor_shift_(words: Tensor, bits: int, scratch: Tensor) -> None:
+    """In place ``words ^= words >>> bits`` (logical shift)."""
+    torch.bitwise_right_shift(words, bits, out=scratch)
+    scratch &= (1 << (64 - bits)) - 1
+    words ^= scratch
+
+
+def _mix_(words: Tensor) -> Tensor:
+    """SplitMix64's finaliser in place on int64 words."""
+    scratch = torch.empty_like(words)
+    _xor_shift_(words, 30, scratch)
+    words *= _signed(_MULTIPLIER_1)
+    _xor_shift_(words, 27, scratch)
+    words *= _signed(_MULTIPLIER_2)
+    _xor_shift_(words, 31, scratch)
+    return words
+
+
+def gumbel(
+    seeds: Sequence[int],
+    choices: Sequence[int],
+    positions: Sequence[int],
+    vocab_size: int,
+    device: torch.device | str,
+) -> Tensor:
+    """Standard Gumbel noise for every token of every row.
+
+    Args:
+        seeds: the request's seed, per row; taken modulo 2**64.
+        choices: choice index, per row.
+        positions: absolute position of the token about to be drawn, per row.
+        vocab_size: V.
+        device: where the result is wanted.
+
+    Returns:
+        float32 [R, V], finite, between about -3.6 and 36.8.
+    """
+    keys = [_signed(_key(*words)) for words in zip(seeds, choices, positions, strict=True)]
+    steps = torch.arange(vocab_size, dtype=torch.int64, device=device) * _signed(_GAMMA)
+    words = _mix_(torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1) + steps)
+    words >>= 64 - _UNIFORM_BITS
+    words &= (1 << _UNIFORM_BITS) - 1
+    uniforms = words.double().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+    return uniforms.log_().neg_().log_().neg_().float()

@@ -1,0 +1,239 @@
+"""Verification of draft blocks: how many draft tokens are accepted, and which token comes after them.
+
+Owns the three exact rules. Greedy and seeded choices compare the draft with the tokens the target would have
+chosen (coupled verification, Daliri et al. 2408.07978); unseeded sampled choices use the token-wise rule of
+speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) or block verification (Sun et al.
+2403.10444). Whatever the draft proposed, committed tokens follow the target's processed distribution.
+
+Words: *accepted* draft tokens are kept; after the first rejection comes one *recovered* token; after a block
+that is accepted whole comes one *bonus* token. Shapes: B blocks, K = longest block, V = vocabulary; p is the
+target's distribution, q the one the draft tokens were really drawn from. Knows no sequences, no KV cache, no
+draft model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from paceline.server.decoding.rows import Row, is_unseeded
+from paceline.server.decoding.sampler import draw, random_uniforms, sample
+
+Rule = Literal["token", "block"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBlock:
+    """The tokens a proposer drafted for one choice in one step.
+
+    Attributes:
+        token_ids: K draft tokens, K may be 0.
+        probs: fp32 [K, V], the processed distribution each token was drawn from; None if the tokens were
+            proposed deterministically (q is one-hot). Greedy and seeded choices do not need it.
+    """
+
+    token_ids: tuple[int, ...]
+    probs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``accepted`` draft tokens are committed, and after them ``token_id`` (recovered or bonus)."""
+
+    accepted: int
+    token_id: int
+
+
+def verify(
+    scores: Tensor,
+    rows: Sequence[Row],
+    blocks: Sequence[DraftBlock],
+    rule: Rule,
+    generator: torch.Generator,
+) -> list[Verdict]:
+    """Verify a ragged batch of draft blocks against the target's scores.
+
+    Args:
+        scores: fp32 [N, V] from ``sampler.process``, block after block; a block of K tokens has K + 1 rows,
+            row j being the target's position after j draft tokens. An empty block is a plain draw.
+        rows: N rows that match ``scores``; ``output_ids`` of row j includes the first j draft tokens.
+        blocks: the draft blocks.
+        rule: for unseeded sampled choices; the others are always coupled.
+        generator: numbers for unseeded sampled choices.
+
+    Returns:
+        One verdict per block.
+    """
+    sizes = [len(block.token_ids) + 1 for block in blocks]
+    assert len(rows) == scores.shape[0] == sum(sizes), (
+        f"{len(rows)} rows, {scores.shape[0]} scores, blocks {sizes}"
+    )
+    starts = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    verdicts: dict[int, Verdict] = {}
+    coupled = [i for i, at in enumerate(starts) if sizes[i] == 1 or not is_unseeded(rows[at])]
+    if coupled:
+        spans = [(starts[i], starts[i] + sizes[i]) for i in coupled]
+        outputs = _draw_spans(scores, rows, spans, generator)
+        drafts = [blocks[i].token_ids for i in coupled]
+        verdicts.update(zip(coupled, map(match_prefix, outputs, drafts), strict=True))
+    sampled = [i for i in range(len(blocks)) if i not in verdicts]
+    if sampled:
+        p, q, drafts_t, lengths = _pad(scores, [starts[i] for i in sampled], [blocks[i] for i in sampled])
+        uniforms = random_uniforms(tuple(drafts_t.shape), generator, scores.device)
+        accepted, following = _RULES[rule](p, q, drafts_t, lengths, uniforms)
+        pairs = zip(accepted.tolist(), sample(following, generator).tolist(), strict=True)
+        verdicts.update(zip(sampled, (Verdict(*pair) for pair in pairs), strict=True))
+    return [verdicts[i] for i in range(len(blocks))]
+
+
+def match_prefix(outputs: Sequence[int], drafts: Sequence[int]) -> Verdict:
+    """Coupled verification: a draft token is accepted iff it is the token the target chose at its position.
+
+    Args:
+        outputs: the target's K + 1 choices.
+        drafts: the K draft tokens.
+    """
+    accepted = 0
+    while accepted < len(drafts) and outputs[accepted] == drafts[accepted]:
+        accepted += 1
+    return Verdict(accepted, outputs[accepted])
+
+
+def verify_token(
+    p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Token-wise speculative sampling (2211.17192, algorithm 1).
+
+    Args:
+        p: fp32 [B, K+1, V] target distributions; positions past a block's length are ignored.
+        q: fp32 [B, K, V] draft distributions; zero past a block's length.
+        drafts: int64 [B, K] draft tokens; any valid id past a block's length.
+        lengths: int64 [B], each 0..K.
+        uniforms: float64 [B, K] in [0, 1).
+
+    Returns:
+        ``accepted`` int64 [B] and the distribution of the token that follows, fp32 [B, V].
+    """
+    kept = (uniforms < token_acceptance(p, q, drafts)) & _inside(lengths, drafts)
+    accepted = kept.long().cumprod(dim=1).sum(dim=1)
+    return accepted, _following(p, q, accepted, scale=None)
+
+
+def verify_block(
+    p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Block verification (2403.10444, algorithm 2): accepts at least as much as token-wise in expectation.
+
+    Arguments and results are those of ``verify_token``.
+    """
+    acceptance, joint = block_acceptance(p, q, drafts, lengths)
+    kept = (uniforms < acceptance) & _inside(lengths, drafts)
+    positions = torch.arange(1, drafts.shape[1] + 1, device=p.device)
+    # The longest kept prefix; the column of zeros is the empty one, always kept.
+    accepted = pad(kept.long() * positions, (1, 0)).amax(dim=1)
+    scale = pad(joint, (1, 0), value=1.0).gather(1, accepted.unsqueeze(1))
+    return accepted, _following(p, q, accepted, scale=scale.float())
+
+
+def token_acceptance(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
+    """min(1, p_i(y_i) / q_i(y_i)), float64 [B, K].
+
+    A token with q = 0 cannot have been drawn; it is refused.
+    """
+    return _ratios(p, q, drafts).clamp_(max=1.0)
+
+
+def block_acceptance(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability h_i of keeping the prefix of length i if no longer one is kept, and its P_i.
+
+    P_i = min(P_{i-1} p_i(y_i) / q_i(y_i), 1); S_i = sum_v max(P_i p_{i+1}(v) - q_{i+1}(v), 0);
+    h_i = S_i / (S_i + 1 - P_i), 1 if that is 0/0, and h_i = P_i at the block's last token.
+
+    Returns:
+        h and P, float64 [B, K].
+    """
+    joint = _ratios(p, q, drafts)
+    previous = torch.ones_like(joint[:, 0])
+    for i in range(joint.shape[1]):
+        previous = torch.mul(previous, joint[:, i]).clamp_(max=1.0)
+        joint[:, i] = previous
+    n_inner = joint.shape[1] - 1
+    surplus = p[:, 1:-1] * joint[:, :n_inner, None].float()
+    surplus = surplus.sub_(q[:, 1:]).clamp_(min=0).sum(dim=2, dtype=torch.float64)
+    missing = surplus + 1 - joint[:, :n_inner]
+    acceptance = joint.clone()
+    acceptance[:, :n_inner] = torch.where(missing > 0, surplus / missing, 1.0)
+    last = torch.arange(1, joint.shape[1] + 1, device=p.device) == lengths.unsqueeze(1)
+    return torch.where(last, joint, acceptance), joint
+
+
+def _ratios(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
+    """p_i(y_i) / q_i(y_i) in float64, where fp32 quotients neither overflow nor vanish; 0 where q is 0."""
+    at = drafts.unsqueeze(2)
+    p_drafts = p[:, :-1].gather(2, at).squeeze(2).double()
+    q_drafts = q.gather(2, at).squeeze(2).double()
+    return torch.where(q_drafts > 0, p_drafts / q_drafts, 0.0)
+
+
+def _inside(lengths: Tensor, drafts: Tensor) -> Tensor:
+    """bool [B, K]: the position holds a draft token."""
+    return torch.arange(drafts.shape[1], device=drafts.device) < lengths.unsqueeze(1)
+
+
+def _following(p: Tensor, q: Tensor, accepted: Tensor, scale: Tensor | None) -> Tensor:
+    """norm(max(scale * p - q, 0)) at the first position that was not accepted, fp32 [B, V].
+
+    Past the block's end q is zero, so the same expression gives p, the bonus token's distribution.
+    """
+    index = torch.arange(p.shape[0], device=p.device)
+    target = p[index, accepted]
+    n_drafted = q.shape[1]
+    draft = q[index, accepted.clamp(max=n_drafted - 1)]
+    draft.masked_fill_((accepted == n_drafted).unsqueeze(1), 0.0)
+    residual = (target if scale is None else target * scale).sub(draft).clamp_(min=0)
+    # Where p <= q everywhere, p equals q: only rounding can reject there, and p is the limit of the residual.
+    empty = residual.sum(dim=1, keepdim=True) == 0
+    residual = torch.where(empty, target, residual)
+    return residual.div_(residual.sum(dim=1, keepdim=True))
+
+
+def _draw_spans(
+    scores: Tensor, rows: Sequence[Row], spans: Sequence[tuple[int, int]], generator: torch.Generator
+) -> list[list[int]]:
+    """The target's own choices for each span of rows."""
+    index = [at for start, end in spans for at in range(start, end)]
+    if len(index) == len(rows):
+        tokens = draw(scores, rows, generator).tolist()
+    else:
+        tokens = draw(scores[index], [rows[at] for at in index], generator).tolist()
+    outputs = iter(tokens)
+    return [[next(outputs) for _ in range(start, end)] for start, end in spans]
+
+
+def _pad(
+    scores: Tensor, starts: Sequence[int], blocks: Sequence[DraftBlock]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """p, q, drafts and lengths of ``verify_token`` for blocks of at least one token each."""
+    lengths = [len(block.token_ids) for block in blocks]
+    longest = max(lengths)
+    index = [[at + min(j, n) for j in range(longest + 1)] for at, n in zip(starts, lengths, strict=True)]
+    drafts = [list(block.token_ids) + [0] * (longest - n) for block, n in zip(blocks, lengths, strict=True)]
+    q = scores.new_zeros(len(blocks), longest, scores.shape[1])
+    for b, block in enumerate(blocks):
+        if block.probs is None:
+            q[b, torch.arange(lengths[b]), list(block.token_ids)] = 1.0
+        else:
+            assert block.probs.shape == (lengths[b], scores.shape[1]), (
+                f"draft probs {list(block.probs.shape)}"
+            )
+            q[b, : lengths[b]] = block.probs
+    device = scores.device
+    p = scores[torch.tensor(index, device=device)].softmax(dim=-1)
+    return p, q, torch.tensor(drafts, device=device), torch.tensor(lengths, device=device)
+
+
+_RULES = {"token": verify_token, "block": verify_block}

@@ -1,0 +1,172 @@
+"""Configuration -> engine: resolves references, loads weights, sizes the KV arena, wires the served models."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+import torch
+
+from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
+from paceline.server.decoding.policy import FixedPolicy
+from paceline.server.engine.engine import Engine
+from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
+from paceline.server.engine.kv_arena import KvArena, MemberShape, bytes_per_token
+from paceline.server.engine.kv_blocks import KvBlocks
+from paceline.server.engine.native import BuiltEngine, NativeEngine
+from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
+from paceline.server.engine.runner import TorchRunner
+from paceline.server.engine.scheduler import Scheduler
+from paceline.server.engine.served import ServedModel
+from paceline.server.errors import ConfigError
+from paceline.server.models.loader import LoadedModel, ModelLoader
+from paceline.server.models.manifest import check_tokenizer
+from paceline.server.models.sources import resolve
+from paceline.server.models.tokenizer import load_tokenizer
+
+_log = logging.getLogger(__name__)
+#: "auto" KV budget: room for this many full contexts of every model, at most a quarter of the free memory.
+_AUTO_CONTEXTS = 4
+_AUTO_MEMORY_SHARE = 0.25
+_T = TypeVar("_T")
+
+
+def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngine:
+    """An engine that loads when started; ``config`` must be resolved (no "auto" but ``kv_cache_gib``)."""
+    return NativeEngine(
+        lambda: build_native(config, observer), max_queued_requests=config.server.max_queued_requests
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """One served model's loaded pieces."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    target: LoadedModel
+    draft: LoadedModel | None
+
+    @property
+    def members(self) -> list[LoadedModel]:
+        return [self.target] if self.draft is None else [self.target, self.draft]
+
+
+def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
+    """Load everything and wire it; blocks for as long as that takes.
+
+    Raises:
+        UserError: a model that cannot be found or loaded, a draft that does not fit, too little memory for KV.
+    """
+    device = torch.device(config.engine.device)
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    loader = ModelLoader(device)
+    parts = [_load(spec, loader) for spec in config.models]
+    members = {m.key: m for p in parts for m in p.members}
+    shapes = {key: MemberShape(key, m.config, m.dtype) for key, m in members.items()}
+    arena = KvArena(
+        list(shapes.values()),
+        block_size=config.engine.block_size,
+        total_bytes=_kv_bytes(config.engine, list(shapes.values()), device),
+        device=device,
+    )
+    runners = {
+        key: TorchRunner(m.decoder, arena.layout(shapes[key]), arena.views(shapes[key]))
+        for key, m in members.items()
+    }
+    served = {p.spec.name: _serve(p, runners, config.engine) for p in parts}
+    blocks = KvBlocks(arena.num_blocks, prefix_caching=config.engine.prefix_caching)
+    scheduler = Scheduler(
+        served,
+        blocks,
+        max_batch_tokens=config.engine.max_batch_tokens,
+        max_running=config.engine.max_running,
+    )
+    engine = Engine(served, blocks, scheduler, observer, seed=int.from_bytes(os.urandom(7), "big"))
+    return BuiltEngine(engine, {name: model.info for name, model in served.items()})
+
+
+def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
+    path = resolve(spec.target)
+    tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
+    target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
+    return _Parts(spec, tokenizer, target, _load_draft(spec, tokenizer, loader))
+
+
+def _load_draft(spec: ModelSpec, tokenizer: Tokenizer, loader: ModelLoader) -> LoadedModel | None:
+    reference = spec.speculation.draft
+    if reference is None or reference == "ngram":
+        return None
+    path = resolve(reference)
+    check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
+    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights))
+
+
+def _serve(parts: _Parts, runners: dict[str, TorchRunner], engine: EngineConfig) -> ServedModel:
+    spec, target = parts.spec, parts.target
+    proposers: dict[str, Proposer] = {}
+    default = spec.speculation.draft
+    if parts.draft is not None:
+        default = _draft_name(parts.draft.path)
+        proposers[default] = DraftModelProposer(
+            runners[parts.draft.key],
+            vocab_size=target.config.vocab_size,
+            max_batch_tokens=engine.max_batch_tokens,
+        )
+    if spec.speculation.ngram or default == "ngram":
+        proposers["ngram"] = NgramProposer()
+    info = ModelInfo(
+        name=spec.name,
+        created=int(time.time()),
+        context_length=_context_length(parts),
+        vocab_size=target.config.vocab_size,
+        tokenizer=parts.tokenizer,
+        drafts=tuple(proposers),
+        default_draft=default,
+        max_draft_tokens=spec.speculation.max_draft_tokens,
+        system_fingerprint=_fingerprint(target.key),
+    )
+    policy = FixedPolicy(spec.speculation.max_draft_tokens)
+    return ServedModel(info, runners[target.key], proposers, policy, spec.speculation.verify)
+
+
+def _context_length(parts: _Parts) -> int:
+    """The configured length, at most what every member was made for."""
+    limit = min(m.config.context_length for m in parts.members)
+    wanted = parts.spec.context_length
+    if wanted is not None and wanted > limit:
+        raise ConfigError(
+            f"context_length {wanted} of model {parts.spec.name!r} is over its limit of {limit}"
+        )
+    return wanted or limit
+
+
+def _draft_name(path: Path) -> str:
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def _fingerprint(key: str) -> str:
+    return "fp_" + hashlib.sha256(f"native/{key}".encode()).hexdigest()[:12]
+
+
+def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.device) -> int:
+    if engine.kv_cache_gib is not None:
+        return int(engine.kv_cache_gib * 2**30)
+    wanted = sum(
+        _AUTO_CONTEXTS * m.config.context_length * bytes_per_token(m.config, m.dtype) for m in members
+    )
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return min(wanted, int(free * _AUTO_MEMORY_SHARE))
+
+
+def _timed(what: str, load: Callable[[], _T]) -> _T:
+    started = time.monotonic()
+    result = load()
+    _log.info("loaded %s in %.1f s", what, time.monotonic() - started)
+    return result

@@ -1,0 +1,279 @@
+"""The step loop: one ragged forward per step for prefill, decode and verify, for any number of served models.
+
+``Engine`` is synchronous and single-threaded; ``native.NativeEngine`` gives it a thread and an asyncio face. All
+mutable state lives behind ``submit``, ``cancel`` and ``step``.
+"""
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paceline.server.decoding.logprobs import token_logprobs
+from paceline.server.decoding.rows import Row
+from paceline.server.decoding.sampler import process
+from paceline.server.decoding.verify import DraftBlock, Verdict, verify
+from paceline.server.engine.batch import Batch
+from paceline.server.engine.interface import EngineObserver, FinishedReason, Load, RequestStats, StepStats
+from paceline.server.engine.kv_blocks import KvBlocks
+from paceline.server.engine.proposers import make_row
+from paceline.server.engine.request import Request, TokenEvent, TokenLogprob
+from paceline.server.engine.scheduler import Scheduled, Scheduler, StepPlan
+from paceline.server.engine.sequence import Sequence
+from paceline.server.engine.served import ServedModel
+from paceline.server.errors import InvalidRequestError, UnknownModelError
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """One scheduled sequence in flight: its draft block, its logits rows, how many of its known tokens are prompt,
+    and the verdict."""
+
+    item: Scheduled
+    block: DraftBlock
+    logits: slice
+    prompt_tokens: int
+    verdict: Verdict | None = None
+
+
+class Engine:
+    """Steps every served model over one KV pool.
+
+    Args:
+        models: by served name.
+        blocks: the KV pool that all their layouts use.
+        scheduler: owner of the queues, over the same pool.
+        observer: told about every step and finished choice.
+        seed: of the generator for unseeded sampling.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        blocks: KvBlocks,
+        scheduler: Scheduler,
+        observer: EngineObserver,
+        *,
+        seed: int,
+    ) -> None:
+        self._models, self._blocks = models, blocks
+        self._scheduler, self._observer = scheduler, observer
+        device = next(iter(models.values())).runner.device
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._open: dict[str, list[Sequence]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work
+
+    def loads(self) -> Mapping[str, Load]:
+        """Running and waiting choices per model."""
+        return self._scheduler.loads()
+
+    def kv_usage(self) -> float:
+        """Share of KV blocks in use, 0..1."""
+        return 1 - self._blocks.num_free / self._blocks.num_blocks
+
+    def check(self, request: Request) -> None:
+        """Raise UnknownModelError or InvalidRequestError for what can never run; touches no mutable state."""
+        model = self._models.get(request.model)
+        if model is None:
+            raise UnknownModelError(f"unknown model {request.model!r}", param="model", code="model_not_found")
+        model.check(request)
+        longest = len(request.prompt_ids) + request.sampling.max_tokens
+        needed = sum(layout.blocks_for(longest) for layout in model.layouts(request))
+        if needed > self._blocks.num_blocks:
+            raise InvalidRequestError(
+                f"prompt and max_tokens ({longest} tokens) need {needed} KV blocks, but the server has "
+                f"{self._blocks.num_blocks}; lower max_tokens or raise kv_cache_gib",
+                param="max_tokens",
+            )
+
+    def submit(self, request: Request) -> None:
+        """Queue a checked request."""
+        self._open[request.id] = self._models[request.model].sequences(request)
+        for sequence in self._open[request.id]:
+            self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request and free its blocks; unknown ids are ignored (it may just have finished)."""
+        for sequence in self._open.pop(request_id, []):
+            if sequence.finish_reason is None:
+                self._retire(sequence, "abort")
+
+    def step(self) -> list[tuple[str, TokenEvent]]:
+        """Run one step; returns (request id, event) pairs in commit order."""
+        clock = _Clock()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return []
+        model = self._models[plan.model]
+        clock.mark("schedule")
+        drafts = model.propose(plan.items, self._generator)
+        clock.mark("draft")
+        batch, rows = _assemble(plan.items, drafts)
+        logits = model.runner.forward(batch)
+        clock.mark("forward")
+        self._verify(model, logits, rows)
+        clock.mark("sample")
+        events = [event for row in rows if (event := self._commit(row, logits)) is not None]
+        clock.mark("commit")
+        self._scheduler.charge(plan.model, clock.total)
+        self._observer.on_step(_step_stats(plan, rows, events, clock.phases))
+        return events
+
+    def _verify(self, model: ServedModel, logits: Tensor, rows: SequenceOf[_InFlight]) -> None:
+        """Draw the next token of every sequence whose known tokens are complete."""
+        drawing = [row for row in rows if row.item.completes and row.item.sequence.max_tokens > 0]
+        if not drawing:
+            return
+        states: list[Row] = []
+        index: list[int] = []
+        for row in drawing:
+            drafted = row.block.token_ids
+            states += [make_row(row.item.sequence, drafted[:i]) for i in range(len(drafted) + 1)]
+            index += range(row.logits.stop - len(drafted) - 1, row.logits.stop)
+        chosen = logits if len(index) == len(logits) else logits[index]
+        scores = process(chosen, states)
+        verdicts = verify(scores, states, [row.block for row in drawing], model.rule, self._generator)
+        for row, verdict in zip(drawing, verdicts, strict=True):
+            row.verdict = verdict
+
+    def _commit(self, row: _InFlight, logits: Tensor) -> tuple[str, TokenEvent] | None:
+        """Take over what a step computed; None if there is nothing to tell yet."""
+        sequence, completes = row.item.sequence, row.item.completes
+        first = sequence.output_tokens == 0
+        if sequence.sampling.prompt_logprobs is not None and first:
+            _score_prompt(row, logits)
+        sequence.target.num_computed += row.item.num_tokens + len(row.block.token_ids)
+        kept: tuple[int, ...] = ()
+        text, logprobs = "", None
+        if row.verdict is not None:
+            start = row.logits.stop - len(row.block.token_ids) - 1
+            committed = sequence.commit([*row.block.token_ids[: row.verdict.accepted], row.verdict.token_id])
+            kept, text = committed.token_ids, committed.text
+            logprobs = _score(sequence, logits[start : start + len(kept)], kept)
+            if row.block.token_ids:
+                sequence.speculation.add(len(row.block.token_ids), row.verdict.accepted)
+        elif completes:
+            sequence.finish_empty()
+        for table in sequence.tables:
+            table.rollback(len(sequence.tokens) - (1 if kept else 0))
+            self._blocks.publish(table, sequence.tokens)
+        if not completes:
+            return None
+        event = TokenEvent(
+            choice=sequence.choice,
+            text=text,
+            token_ids=kept,
+            logprobs=logprobs,
+            prompt_logprobs=_prompt_logprobs(sequence) if first else None,
+            finish_reason=sequence.finish_reason,
+            cached_tokens=sequence.cached_tokens or 0,
+            speculation=sequence.speculation.stats() if sequence.finish_reason else None,
+        )
+        if sequence.finish_reason is not None:
+            self._finish(sequence)
+        return sequence.request.id, event
+
+    def _finish(self, sequence: Sequence) -> None:
+        assert sequence.finish_reason is not None
+        self._retire(sequence, sequence.finish_reason)
+        if all(s.finish_reason for s in self._open.get(sequence.request.id, [])):
+            self._open.pop(sequence.request.id, None)
+
+    def _retire(self, sequence: Sequence, reason: FinishedReason) -> None:
+        self._scheduler.remove(sequence)
+        self._models[sequence.request.model].forget(sequence)
+        timing, now = sequence.timing, time.monotonic()
+        self._observer.on_request(
+            RequestStats(
+                model=sequence.request.model,
+                finished_reason=reason,
+                queue_seconds=(timing.started or now) - timing.arrived,
+                first_token_seconds=timing.first_token and timing.first_token - timing.arrived,
+                inter_token_seconds=timing.gaps,
+                total_seconds=now - timing.arrived,
+                speculation=sequence.speculation.stats(),
+            )
+        )
+
+
+def _assemble(items: SequenceOf[Scheduled], drafts: SequenceOf[DraftBlock]) -> tuple[Batch, list[_InFlight]]:
+    """One ragged batch of every item's known tokens and its draft block."""
+    batch, rows = Batch(), []
+    for item, block in zip(items, drafts, strict=True):
+        sequence, start = item.sequence, item.sequence.target.num_computed
+        known = sequence.tokens[start : start + item.num_tokens]
+        wanted = len(block.token_ids) + 1 if item.completes else 0
+        if sequence.sampling.prompt_logprobs is not None and sequence.output_tokens == 0:
+            wanted = len(known) + len(block.token_ids)
+        logits = batch.add(sequence.target, [*known, *block.token_ids], num_wanted=wanted)
+        rows.append(_InFlight(item, block, logits, max(0, min(len(known), sequence.prompt_tokens - start))))
+    return batch, rows
+
+
+def _score(sequence: Sequence, logits: Tensor, kept: SequenceOf[int]) -> tuple[TokenLogprob, ...] | None:
+    top = sequence.sampling.logprobs
+    if top is None:
+        return None
+    return tuple(token_logprobs(logits, kept, [top] * len(kept)))
+
+
+def _score_prompt(row: _InFlight, logits: Tensor) -> None:
+    """Collect log-probabilities of the prompt tokens that this chunk's logits predict."""
+    sequence, top = row.item.sequence, row.item.sequence.sampling.prompt_logprobs
+    assert top is not None
+    start = sequence.target.num_computed
+    following = sequence.tokens[start + 1 : start + row.item.num_tokens + 1]
+    if start == 0:
+        sequence.prompt_logprobs = [TokenLogprob(sequence.tokens[0], None)]
+    scored = logits[row.logits.start : row.logits.start + len(following)]
+    sequence.prompt_logprobs += token_logprobs(scored, following, [top] * len(following))
+
+
+def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob, ...] | None:
+    if sequence.sampling.prompt_logprobs is None or sequence.choice != 0:
+        return None
+    return tuple(sequence.prompt_logprobs)
+
+
+def _step_stats(
+    plan: StepPlan,
+    rows: SequenceOf[_InFlight],
+    events: SequenceOf[tuple[str, TokenEvent]],
+    phases: Mapping[str, float],
+) -> StepStats:
+    verified = [row for row in rows if row.block.token_ids and row.verdict is not None]
+    return StepStats(
+        model=plan.model,
+        phase_seconds=phases,
+        prompt_tokens=sum(row.prompt_tokens for row in rows),
+        generated_tokens=sum(len(event.token_ids) for _, event in events),
+        drafted_per_block=[len(row.block.token_ids) for row in verified],
+        accepted_per_block=[row.verdict.accepted for row in verified if row.verdict is not None],
+        prefix_queries=plan.prefix_queries,
+        prefix_hits=plan.prefix_hits,
+        preemptions=plan.preemptions,
+    )
+
+
+class _Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.phases[phase] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._start

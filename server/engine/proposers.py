@@ -1,0 +1,177 @@
+"""Where draft tokens come from: a draft model that owns its KV, or the text itself (n-gram lookup).
+
+A proposer fills one draft block per scheduled sequence; an empty block means a plain decode. Drafting is batched:
+a block of n tokens costs n forwards of the draft for all sequences together. What a proposer suggests never changes
+the distribution of the output, only the speed.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from paceline.server.decoding.ngram import NgramIndex
+from paceline.server.decoding.rows import Row
+from paceline.server.decoding.sampler import draw, probabilities, process
+from paceline.server.decoding.verify import DraftBlock
+from paceline.server.engine.batch import Batch
+from paceline.server.engine.kv_blocks import MemberLayout
+from paceline.server.engine.runner import Runner
+from paceline.server.engine.scheduler import Scheduled
+from paceline.server.engine.sequence import Sequence
+
+EMPTY_BLOCK = DraftBlock((), None)
+
+
+class Proposer(Protocol):
+    """Source of draft tokens for one served model.
+
+    ``layout`` is that of the draft model's KV, None for proposers without one.
+    """
+
+    layout: MemberLayout | None
+
+    def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
+        """One block per item, at most ``item.draft_tokens`` long."""
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence is finished; drop what is kept for it."""
+        ...
+
+
+class NgramProposer:
+    """Proposes what followed the latest earlier occurrence of the text's last few tokens (prompt lookup)."""
+
+    layout: MemberLayout | None = None
+
+    def __init__(self) -> None:
+        self._indexes: dict[Sequence, NgramIndex] = {}
+
+    def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
+        """See ``Proposer.propose``; deterministic, so blocks carry no probabilities."""
+        return [self._block(item) if item.draft_tokens else EMPTY_BLOCK for item in items]
+
+    def forget(self, sequence: Sequence) -> None:
+        """See ``Proposer.forget``."""
+        self._indexes.pop(sequence, None)
+
+    def _block(self, item: Scheduled) -> DraftBlock:
+        index = self._indexes.setdefault(item.sequence, NgramIndex())
+        index.extend(item.sequence.tokens[len(index) :])
+        return DraftBlock(index.propose(item.draft_tokens), None)
+
+
+class DraftModelProposer:
+    """Drafts with a small model of the same tokenizer.
+
+    The draft computes a sequence's known tokens under the same token budget as the target's prefill; a sequence
+    whose draft has not caught up yet is not drafted for.
+
+    Args:
+        runner: the draft model.
+        vocab_size: the target's; draft logits are cut or padded with -inf to it.
+        max_batch_tokens: known tokens the draft may compute per step.
+    """
+
+    def __init__(self, runner: Runner, *, vocab_size: int, max_batch_tokens: int) -> None:
+        self.layout: MemberLayout | None = runner.layout
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._max_batch_tokens = max_batch_tokens
+
+    def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
+        """See ``Proposer.propose``; blocks of sampled requests carry the distributions they were drawn from."""
+        drafting, logits = self._catch_up(items)
+        pending = list(drafting)
+        while pending:
+            self._draw(pending, logits, generator)
+            pending = [d for d in pending if len(d.tokens) < d.item.draft_tokens]
+            if pending:
+                logits = self._advance(pending)
+        blocks = {id(d.item): d.block() for d in drafting}
+        return [blocks.get(id(item), EMPTY_BLOCK) for item in items]
+
+    def forget(self, sequence: Sequence) -> None:
+        """See ``Proposer.forget``; all state is in the sequence's block table."""
+
+    def _catch_up(self, items: SequenceOf[Scheduled]) -> tuple[list["_Drafting"], Tensor]:
+        batch, budget, drafting = Batch(), self._max_batch_tokens, []
+        for item in items:
+            table, sequence = item.sequence.draft, item.sequence
+            assert table is not None
+            if item.draft_tokens:  # the newest token's logits are needed, even if it was computed before
+                table.rollback(len(sequence.tokens) - 1)
+            missing = sequence.tokens[table.num_computed :] if sequence.draft_limit else []
+            chunk = missing[:budget]
+            if not chunk:
+                continue
+            budget -= len(chunk)
+            ready = len(chunk) == len(missing) and item.draft_tokens > 0
+            batch.add(table, self._known(chunk), num_wanted=int(ready))
+            table.num_computed += len(chunk)
+            if ready:
+                drafting.append(_Drafting(item))
+        return drafting, self._forward(batch)
+
+    def _advance(self, pending: SequenceOf["_Drafting"]) -> Tensor:
+        batch = Batch()
+        for drafting in pending:
+            table = drafting.item.sequence.draft
+            assert table is not None
+            batch.add(table, self._known(drafting.tokens[-1:]), num_wanted=1)
+            table.num_computed += 1
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        if not batch.tokens:
+            return torch.empty(0, self._vocab_size)
+        logits = self._runner.forward(batch)
+        return F.pad(logits, (0, self._vocab_size - logits.shape[1]), value=float("-inf"))
+
+    def _known(self, tokens: SequenceOf[int]) -> list[int]:
+        """Ids that the draft has an embedding for; padding ids of a wider target become 0."""
+        return [t if t < self._runner.vocab_size else 0 for t in tokens]
+
+    @staticmethod
+    def _draw(pending: SequenceOf["_Drafting"], logits: Tensor, generator: torch.Generator) -> None:
+        rows = [d.row() for d in pending]
+        scores = process(logits, rows)
+        tokens = draw(scores, rows, generator).tolist()
+        needed = [i for i, d in enumerate(pending) if d.needs_probs]
+        if needed:
+            for i, q in zip(needed, probabilities(scores[needed], [rows[i] for i in needed]), strict=True):
+                pending[i].probs.append(q)
+        for drafting, token in zip(pending, tokens, strict=True):
+            drafting.tokens.append(token)
+
+
+class _Drafting:
+    """A block under construction."""
+
+    def __init__(self, item: Scheduled) -> None:
+        self.item = item
+        self.tokens: list[int] = []
+        self.probs: list[Tensor] = []
+        sampling = item.sequence.sampling
+        self.needs_probs = sampling.temperature > 0 and sampling.seed is None
+
+    def row(self) -> Row:
+        return make_row(self.item.sequence, self.tokens)
+
+    def block(self) -> DraftBlock:
+        return DraftBlock(tuple(self.tokens), torch.stack(self.probs) if self.needs_probs else None)
+
+
+def make_row(sequence: Sequence, drafted: SequenceOf[int]) -> Row:
+    """The sampling state of the token that follows a sequence's committed tokens and ``drafted``."""
+    return Row(
+        sampling=sequence.sampling,
+        prompt_ids=sequence.request.prompt_ids,
+        output_ids=sequence.tokens[sequence.prompt_tokens :] + list(drafted),
+        masked_until_min_tokens=sequence.masked_until_min_tokens,
+        choice=sequence.choice,
+        position=len(sequence.tokens) + len(drafted),
+    )

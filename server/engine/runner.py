@@ -1,0 +1,45 @@
+"""Runs one ragged batch of one member; the seam behind which executors differ (torch here).
+
+A runner owns weights and KV views, and nothing about requests.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from paceline.server.engine.batch import Batch
+from paceline.server.engine.kv_blocks import MemberLayout
+from paceline.server.models.attention import AttentionPlan
+from paceline.server.models.llama import Decoder, KvViews, RaggedInput
+
+
+class Runner(Protocol):
+    """What the engine needs of an executor."""
+
+    layout: MemberLayout
+    vocab_size: int
+    device: torch.device
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Write the batch's K and V and return fp32 logits [len(batch.wanted), vocab_size]."""
+        ...
+
+
+class TorchRunner:
+    """Torch modules over arena views: the oracle on CPU, the product path on CUDA."""
+
+    def __init__(self, decoder: Decoder, layout: MemberLayout, kv: KvViews) -> None:
+        self.layout = layout
+        self.vocab_size = decoder.config.vocab_size
+        self.device = decoder.embedding.device
+        self._decoder = decoder
+        self._kv = kv
+
+    def forward(self, batch: Batch) -> Tensor:
+        """See ``Runner.forward``."""
+        plan = AttentionPlan(batch.sequences, self.layout.block_tokens, self.device)
+        tokens = torch.tensor(batch.tokens, dtype=torch.long, device=self.device)
+        wanted = torch.tensor(batch.wanted, dtype=torch.long, device=self.device)
+        logits: Tensor = self._decoder(RaggedInput(tokens, plan, wanted), self._kv)
+        return logits

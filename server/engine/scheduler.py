@@ -1,0 +1,194 @@
+"""Decides which sequences of which model run in the next step, and how many tokens each. No tensors, no HTTP.
+
+Owns the queues of all served models and the block tables' growth. One step belongs to one model: the one that has
+had the least engine time among those with work (fair stepping). Running sequences come first, oldest first; then
+waiting ones are admitted in order while the token budget, the sequence limit and the KV blocks allow. When blocks
+run out, the youngest running sequence of any model is preempted and recomputed later.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from paceline.server.engine.interface import Load
+from paceline.server.engine.kv_blocks import BlockTable, KvBlocks
+from paceline.server.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """One sequence's share of a step.
+
+    Attributes:
+        num_tokens: known tokens to compute (a prefill chunk, or 1).
+        draft_tokens: how many tokens a proposer may draft behind them; blocks are reserved.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    draft_tokens: int = 0
+
+    @property
+    def completes(self) -> bool:
+        """Whether all known tokens are computed after this step, so that a new one can be drawn."""
+        sequence = self.sequence
+        return sequence.target.num_computed + self.num_tokens == len(sequence.tokens)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step runs."""
+
+    model: str
+    items: list[Scheduled] = field(default_factory=list)
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Queue:
+    waiting: deque[Sequence] = field(default_factory=deque)
+    running: list[Sequence] = field(default_factory=list)
+    engine_seconds: float = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+
+class Scheduler:
+    """See the module docstring.
+
+    Args:
+        models: names of the served models.
+        blocks: the one KV pool.
+        max_batch_tokens: token budget of a step; decodes and their drafts count first.
+        max_running: sequences running at once, per model.
+    """
+
+    def __init__(
+        self, models: Iterable[str], blocks: KvBlocks, *, max_batch_tokens: int, max_running: int
+    ) -> None:
+        self._queues = {name: _Queue() for name in models}
+        self._blocks = blocks
+        self._max_batch_tokens = max_batch_tokens
+        self._max_running = max_running
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return any(q.has_work for q in self._queues.values())
+
+    def loads(self) -> Mapping[str, Load]:
+        """Queue lengths per model."""
+        return {name: Load(len(q.running), len(q.waiting)) for name, q in self._queues.items()}
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        queue = self._queues[sequence.request.model]
+        if not queue.has_work:
+            busy = [q.engine_seconds for q in self._queues.values() if q.has_work]
+            queue.engine_seconds = max([queue.engine_seconds, *([min(busy)] if busy else [])])
+        queue.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or cancelled sequence out and free its blocks."""
+        queue = self._queues[sequence.request.model]
+        if sequence in queue.running:
+            queue.running.remove(sequence)
+        else:
+            queue.waiting.remove(sequence)
+        self._release(sequence)
+
+    def charge(self, model: str, seconds: float) -> None:
+        """Account a step's duration to a model, for fair stepping."""
+        self._queues[model].engine_seconds += seconds
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None if nothing can run."""
+        order = sorted(
+            (name for name, q in self._queues.items() if q.has_work),
+            key=lambda name: self._queues[name].engine_seconds,
+        )
+        for name in order:
+            plan = self._plan(name)
+            if plan.items:
+                return plan
+        return None
+
+    def _plan(self, name: str) -> StepPlan:
+        plan, queue = StepPlan(name), self._queues[name]
+        budget = self._max_batch_tokens
+        for sequence in list(queue.running):
+            if sequence not in queue.running:  # preempted by an older one in this loop
+                continue
+            item = self._continue(sequence, budget, plan)
+            if item is not None:
+                plan.items.append(item)
+                budget -= item.num_tokens + item.draft_tokens
+        if not plan.preemptions:  # whoever just lost its blocks must not take them back at once
+            self._admit(queue, budget, plan)
+        return plan
+
+    def _continue(self, sequence: Sequence, budget: int, plan: StepPlan) -> Scheduled | None:
+        remaining = len(sequence.tokens) - sequence.target.num_computed
+        if remaining > 1:
+            return Scheduled(sequence, min(remaining, budget)) if budget > 0 else None
+        # A decode always runs: it is what clients wait for, and its cost hardly depends on the batch.
+        drafts = sequence.draft_limit
+        if drafts and not self._blocks.grow(_room(sequence, drafts)):
+            drafts = 0
+        while not drafts and not self._blocks.grow(_room(sequence, 0)):
+            if self._preempt_youngest(plan) is sequence:
+                return None
+        return Scheduled(sequence, 1, drafts)
+
+    def _admit(self, queue: _Queue, budget: int, plan: StepPlan) -> None:
+        for sequence in list(queue.waiting):
+            if budget <= 0 or len(queue.running) >= self._max_running:
+                return
+            if sequence.waits_for_leader:
+                continue
+            if not self._start(sequence, plan):
+                return
+            queue.waiting.remove(sequence)
+            queue.running.append(sequence)
+            sequence.timing.start()
+            remaining = len(sequence.tokens) - sequence.target.num_computed
+            plan.items.append(Scheduled(sequence, min(remaining, budget)))
+            budget -= plan.items[-1].num_tokens
+
+    def _start(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Reuse cached blocks and take the rest; False (and nothing taken) if they are not to be had."""
+        if sequence.sampling.prompt_logprobs is None:
+            for table in sequence.tables:
+                self._blocks.reuse_prefix(table, sequence.tokens)
+        if not self._blocks.grow(_room(sequence, 0)):
+            self._release(sequence)
+            return False
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.target.num_computed
+        plan.prefix_queries += len(sequence.tokens)
+        plan.prefix_hits += sequence.target.num_computed
+        return True
+
+    def _preempt_youngest(self, plan: StepPlan) -> Sequence:
+        running = [s for q in self._queues.values() for s in q.running]
+        victim = max(running, key=lambda s: s.arrival)
+        queue = self._queues[victim.request.model]
+        queue.running.remove(victim)
+        queue.waiting.appendleft(victim)
+        plan.items[:] = [item for item in plan.items if item.sequence is not victim]
+        plan.preemptions += 1
+        self._release(victim)
+        return victim
+
+    def _release(self, sequence: Sequence) -> None:
+        for table in sequence.tables:
+            self._blocks.release(table)
+
+
+def _room(sequence: Sequence, draft_tokens: int) -> list[tuple[BlockTable, int]]:
+    """Tokens that every member's table must hold for a step that drafts ``draft_tokens``."""
+    return [(table, len(sequence.tokens) + draft_tokens) for table in sequence.tables]

@@ -1,0 +1,184 @@
+"""The state of one choice of one request, from queue to final event. Knows tokens and tables, no tensors.
+
+States: waiting -> running -> finished, and running -> waiting again when preempted (its K and V are recomputed).
+"""
+
+import itertools
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from paceline.server.engine.detokenizer import IncrementalDetokenizer, StopChecker
+from paceline.server.engine.interface import Tokenizer
+from paceline.server.engine.kv_blocks import BlockTable, MemberLayout
+from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenLogprob
+
+_arrivals = itertools.count()
+
+
+@dataclass(slots=True)
+class SpeculationCounter:
+    """Running totals behind ``SpeculationStats``."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    histogram: list[int] = field(default_factory=list)
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """Count one verified block."""
+        self.steps += 1
+        self.drafted += drafted
+        self.accepted += accepted
+        self.histogram.extend([0] * (drafted + 1 - len(self.histogram)))
+        self.histogram[accepted] += 1
+
+    def stats(self) -> SpeculationStats:
+        """The totals so far."""
+        return SpeculationStats(self.steps, self.drafted, self.accepted, tuple(self.histogram))
+
+
+class Sequence:
+    """One choice.
+
+    Attributes:
+        tokens: prompt and committed output.
+        target: block table of the target; ``draft`` that of the draft model, if one drafts for this sequence.
+        proposer: name of the proposer, None if this sequence does not speculate.
+        leader: the request's first choice, whose prefill the others wait for to share its blocks.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        choice: int,
+        *,
+        tokenizer: Tokenizer,
+        target: MemberLayout,
+        draft: MemberLayout | None = None,
+        proposer: str | None = None,
+        max_draft_tokens: int = 0,
+        context_length: int,
+        leader: "Sequence | None" = None,
+    ) -> None:
+        self.request, self.choice = request, choice
+        self.sampling = request.sampling
+        self.arrival = next(_arrivals)
+        self.tokens = list(request.prompt_ids)
+        self.prompt_tokens = len(self.tokens)
+        self.target = BlockTable(target)
+        self.draft = BlockTable(draft) if draft is not None else None
+        self.proposer, self.max_draft_tokens = proposer, max_draft_tokens
+        self.leader = leader
+        self.max_tokens = min(self.sampling.max_tokens, context_length - self.prompt_tokens)
+        self.finish_reason: FinishReason | None = None
+        self.cached_tokens: int | None = None
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.speculation = SpeculationCounter()
+        self.timing = Timing()
+        self._eos = frozenset() if self.sampling.ignore_eos else tokenizer.eos_ids
+        self.masked_until_min_tokens = tuple(sorted(self._eos | set(self.sampling.stop_token_ids)))
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stops = StopChecker(self.sampling.stop)
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        """Tables of every member."""
+        return [self.target] if self.draft is None else [self.target, self.draft]
+
+    @property
+    def output_tokens(self) -> int:
+        """Committed output length."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether more than the newest token still has to be computed, or nothing is generated yet."""
+        return len(self.tokens) - self.target.num_computed > 1 or self.output_tokens == 0
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """Whether a sibling is computing the prompt that this choice can share."""
+        leader = self.leader
+        return leader is not None and leader.finish_reason is None and leader.output_tokens == 0
+
+    @property
+    def draft_limit(self) -> int:
+        """How many draft tokens can be of use in the next step."""
+        if self.proposer is None:
+            return 0
+        return max(0, min(self.max_draft_tokens, self.max_tokens - self.output_tokens - 1))
+
+    def commit(self, token_ids: SequenceOf[int]) -> "Committed":
+        """Append new tokens up to the first stop condition.
+
+        Sets ``finish_reason`` if one is met; tokens after it are dropped.
+        """
+        kept: list[int] = []
+        text = ""
+        for token in token_ids:
+            kept.append(token)
+            self.tokens.append(token)
+            text += self._take_text(token)
+            if self.finish_reason is not None:
+                break
+        self.timing.tokens(len(kept))
+        return Committed(tuple(kept), text)
+
+    def _take_text(self, token: int) -> str:
+        if token in self._eos or token in self.sampling.stop_token_ids:
+            return self._finish("stop")
+        text, hit = self._push(self._detokenizer.push([token]))
+        if hit:
+            self.finish_reason = "stop"
+        elif self.output_tokens >= self.max_tokens:
+            text += self._finish("length")
+        return text
+
+    def _push(self, text: str) -> tuple[str, bool]:
+        if self.output_tokens < self.sampling.min_tokens:
+            return text, False
+        return self._stops.push(text)
+
+    def _finish(self, reason: FinishReason) -> str:
+        """Release what was held back; a stop string completed by it counts as a stop."""
+        text, hit = self._push(self._detokenizer.flush())
+        self.finish_reason = "stop" if hit else reason
+        return text if hit else text + self._stops.flush()
+
+    def finish_empty(self) -> None:
+        """End a sequence that was only scored (``max_tokens`` 0)."""
+        self.finish_reason = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What ``Sequence.commit`` kept: token ids, and the text that is final now."""
+
+    token_ids: tuple[int, ...]
+    text: str
+
+
+class Timing:
+    """Wall-clock marks of one choice, seconds on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.arrived = time.monotonic()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.gaps: list[float] = []
+        self._last = 0.0
+
+    def start(self) -> None:
+        """The choice was scheduled (kept from the first time on)."""
+        self.started = self.started or time.monotonic()
+
+    def tokens(self, count: int) -> None:
+        """``count`` tokens were committed now; a step's gap is spread evenly over its tokens."""
+        now = time.monotonic()
+        if self.first_token is None:
+            self.first_token = now
+            self.gaps.extend([0.0] * (count - 1))
+        else:
+            self.gaps.extend([(now - self._last) / count] * count)
+        self._last = now

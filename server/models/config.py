@@ -1,0 +1,148 @@
+"""Shape and arithmetic of one decoder of the Llama family, read from a Hugging Face ``config.json``.
+
+``ModelConfig`` is everything the decoder needs and nothing else; transformers normalises the many spellings of the
+fields (rope parameters, layer types), this module refuses what the native engine does not compute.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paceline.server.errors import ArtifactError, UnsupportedModelError
+
+#: model_type in config.json -> what users call it.
+SUPPORTED = {"llama": "Llama 1-3", "mistral": "Mistral", "qwen2": "Qwen2 / Qwen2.5", "qwen3": "Qwen3"}
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder.
+
+    Attributes:
+        rope_inv_freq: head_dim / 2 rotation speeds, radians per position, scaling applied.
+        rope_attention_scale: factor on cos and sin (yarn); 1.0 otherwise.
+        sliding_windows: per layer, how many latest positions (own included) a query sees; None sees all.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    rms_eps: float
+    rope_inv_freq: tuple[float, ...]
+    rope_attention_scale: float
+    tied_head: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_windows: tuple[int | None, ...]
+
+    @property
+    def kv_bytes_per_token_fp32(self) -> int:
+        """Bytes of K and V of all layers for one token at four bytes a value."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * 4
+
+
+def unsupported(what: str) -> UnsupportedModelError:
+    """The one refusal sentence for models that the native engine does not run."""
+    return UnsupportedModelError(
+        f"{what} is not supported by the native engine, which runs {', '.join(SUPPORTED.values())}; "
+        "try --engine vllm"
+    )
+
+
+def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
+    """Read a decoder's configuration.
+
+    Args:
+        hf: the content of ``config.json``.
+        where: what to call it in error messages.
+
+    Raises:
+        UnsupportedModelError: another architecture, rope scaling or activation.
+        ArtifactError: fields that are missing or contradict each other.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in SUPPORTED:
+        raise unsupported(f"model type {model_type!r} ({where})")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise unsupported(f"activation {hf['hidden_act']!r} ({where})")
+    if hf.get("quantization_config"):
+        raise unsupported(f"quantization {hf['quantization_config'].get('quant_method')!r} ({where})")
+    from transformers import AutoConfig
+
+    try:
+        normal = AutoConfig.for_model(**dict(hf))
+        return _from_transformers(normal, where)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{where} is not a valid {model_type} configuration: {error}") from error
+
+
+def _from_transformers(c: Any, where: str) -> ModelConfig:
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    inv_freq, scale = _rope(c, head_dim, where)
+    _check_shapes(c, head_dim, where)
+    return ModelConfig(
+        model_type=c.model_type,
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=head_dim,
+        context_length=c.max_position_embeddings,
+        rms_eps=c.rms_norm_eps,
+        rope_inv_freq=inv_freq,
+        rope_attention_scale=scale,
+        tied_head=bool(c.tie_word_embeddings),
+        qkv_bias=c.model_type == "qwen2" or bool(getattr(c, "attention_bias", False)),
+        output_bias=c.model_type in ("llama", "qwen3") and bool(getattr(c, "attention_bias", False)),
+        mlp_bias=c.model_type == "llama" and bool(getattr(c, "mlp_bias", False)),
+        qk_norm=c.model_type == "qwen3",
+        sliding_windows=_windows(c),
+    )
+
+
+def _check_shapes(c: Any, head_dim: int, where: str) -> None:
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ArtifactError(
+            f"{where}: num_attention_heads ({c.num_attention_heads}) is not a multiple of "
+            f"num_key_value_heads ({c.num_key_value_heads})"
+        )
+    if head_dim % 2:
+        raise ArtifactError(f"{where}: head_dim ({head_dim}) must be even for rotary embeddings")
+
+
+def _windows(c: Any) -> tuple[int | None, ...]:
+    window: int | None = getattr(c, "sliding_window", None)
+    layers: int = c.num_hidden_layers
+    if c.model_type == "llama" or window is None:
+        return (None,) * layers
+    if c.model_type == "mistral":
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in c.layer_types)
+
+
+def _rope(c: Any, head_dim: int, where: str) -> tuple[tuple[float, ...], float]:
+    """Rotation speeds and the cos/sin factor, as transformers computes them for this configuration."""
+    parameters = c.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in SUPPORTED_ROPE:
+        raise unsupported(f"rope scaling {kind!r} ({where}; known: {', '.join(SUPPORTED_ROPE)})")
+    import torch
+
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
+    return tuple(inv_freq.tolist()), float(scale)

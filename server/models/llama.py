@@ -1,0 +1,126 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2/2.5, Qwen3.
+
+Runs a ragged batch of rows (prefill chunks, decodes and verify blocks alike) over a paged KV cache. Knows nothing of
+requests or sampling. Projections that read the same input are fused: q, k, v and gate, up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from paceline.server.models.attention import AttentionPlan
+from paceline.server.models.config import ModelConfig
+from paceline.server.models.layers import Linear, RMSNorm, Rotary, fuse, rotate
+
+#: Fetches a checkpoint tensor by its Hugging Face name, in the dtype and on the device to compute with.
+Fetch = Callable[[str], Tensor]
+#: One layer's K and V views, each [pages, page_tokens, kv_heads, head_dim].
+KvViews = list[tuple[Tensor, Tensor]]
+
+
+def _linear(fetch: Fetch, name: str, bias: bool) -> tuple[Tensor, Tensor | None]:
+    return fetch(f"{name}.weight"), fetch(f"{name}.bias") if bias else None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, optional biases and q/k norms."""
+
+    def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
+        super().__init__()
+        c, name = config, f"model.layers.{layer}.self_attn"
+        self._heads, self._kv_heads, self._head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self._window = c.sliding_windows[layer]
+        self.qkv = fuse([_linear(fetch, f"{name}.{p}_proj", c.qkv_bias) for p in "qkv"])
+        self.out = Linear(*_linear(fetch, f"{name}.o_proj", c.output_bias))
+        self.q_norm = RMSNorm(fetch(f"{name}.q_norm.weight"), c.rms_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(fetch(f"{name}.k_norm.weight"), c.rms_eps) if c.qk_norm else None
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], plan: AttentionPlan, kv: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """[rows, hidden] -> [rows, hidden]; appends this batch's K and V to the cache."""
+        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
+        qk, v = heads[:, : self._heads + self._kv_heads], heads[:, self._heads + self._kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, : self._heads]), self.k_norm(qk[:, self._heads :])), dim=1)
+        qk = rotate(qk, angles)
+        attended = plan.attend(qk[:, : self._heads], qk[:, self._heads :], v, *kv, self._window)
+        y: Tensor = self.out(attended)
+        return y
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
+        super().__init__()
+        name, bias = f"model.layers.{layer}.mlp", config.mlp_bias
+        self.gate_up = fuse([_linear(fetch, f"{name}.{p}_proj", bias) for p in ("gate", "up")])
+        self.down = Linear(*_linear(fetch, f"{name}.down_proj", bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
+        super().__init__()
+        name = f"model.layers.{layer}"
+        self.attention_norm = RMSNorm(fetch(f"{name}.input_layernorm.weight"), config.rms_eps)
+        self.attention = Attention(config, layer, fetch)
+        self.mlp_norm = RMSNorm(fetch(f"{name}.post_attention_layernorm.weight"), config.rms_eps)
+        self.mlp = MLP(config, layer, fetch)
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], plan: AttentionPlan, kv: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """[rows, hidden] -> [rows, hidden]."""
+        x = x + self.attention(self.attention_norm(x), angles, plan, kv)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedInput:
+    """One forward: ``tokens`` int64 [rows], the attention plan of the same rows, and the rows to put through the
+    head, int64 [wanted]."""
+
+    tokens: Tensor
+    plan: AttentionPlan
+    wanted: Tensor
+
+
+class Decoder(nn.Module):
+    """The whole model.
+
+    Args:
+        config: shapes.
+        fetch: called once per checkpoint tensor.
+    """
+
+    def __init__(self, config: ModelConfig, fetch: Fetch) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = fetch("model.embed_tokens.weight")
+        self.blocks = nn.ModuleList(Block(config, layer, fetch) for layer in range(config.num_layers))
+        self.norm = RMSNorm(fetch("model.norm.weight"), config.rms_eps)
+        self.head = Linear(self.embedding if config.tied_head else fetch("lm_head.weight"))
+        self.rotary = Rotary(config, self.embedding.device)
+
+    @torch.inference_mode()
+    def forward(self, ragged: RaggedInput, kv: KvViews) -> Tensor:
+        """Run the batch and return fp32 logits [wanted, vocab]."""
+        x = F.embedding(ragged.tokens, self.embedding)
+        angles = self.rotary.angles(ragged.plan.positions, x.dtype)
+        for block, views in zip(self.blocks, kv, strict=True):
+            x = block(x, angles, ragged.plan, views)
+        logits: Tensor = self.head(self.norm(x[ragged.wanted]))
+        return logits.float()

@@ -1,0 +1,186 @@
+"""Engines for tests: over tiny checkpoints (the real loader and builder), or over a lookup table whose exact
+distribution is known (for statistics through ``Engine.step``)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig
+from paceline.server.decoding.policy import FixedPolicy
+from paceline.server.engine.batch import Batch
+from paceline.server.engine.build import build_native
+from paceline.server.engine.engine import Engine
+from paceline.server.engine.interface import ModelInfo, RequestStats, StepStats
+from paceline.server.engine.kv_blocks import KvBlocks, MemberLayout
+from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams, TokenEvent
+from paceline.server.engine.scheduler import Scheduler
+from paceline.server.engine.served import ServedModel
+
+_ids = itertools.count()
+NO_DRAFT = SpeculationParams(enabled=False)
+
+
+class Recorder:
+    """An observer that keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepStats] = []
+        self.requests: list[RequestStats] = []
+
+    def on_step(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def on_request(self, stats: RequestStats) -> None:
+        self.requests.append(stats)
+
+
+def spec(
+    target: Path, name: str = "m", *, context_length: int | None = None, **speculation: Any
+) -> ModelSpec:
+    if isinstance(speculation.get("draft"), Path):
+        speculation["draft"] = str(speculation["draft"])
+    return ModelSpec(name, str(target), "fp32", context_length, SpeculationConfig(**speculation))
+
+
+def tiny_engine(*models: ModelSpec, observer: Recorder | None = None, **engine: Any) -> Engine:
+    """The real builder on CPU in fp32; 4 MiB of KV and blocks of 8 unless told otherwise."""
+    settings = {"device": "cpu", "threads": 1, "kv_cache_gib": 4 / 1024, "block_size": 8, **engine}
+    config = PacelineConfig(engine=EngineConfig(**settings), models=models)
+    return build_native(config, observer or Recorder()).engine
+
+
+def request(
+    prompt: Sequence[int],
+    *,
+    model: str = "m",
+    n: int = 1,
+    speculation: SpeculationParams | None = None,
+    **sampling: Any,
+) -> Request:
+    sampling.setdefault("max_tokens", 24)
+    sampling.setdefault("temperature", 0.0)
+    return Request(
+        f"r{next(_ids)}",
+        model,
+        tuple(prompt),
+        SamplingParams(**sampling),
+        speculation or SpeculationParams(),
+        n,
+    )
+
+
+def submit(engine: Engine, *requests: Request) -> None:
+    for r in requests:
+        engine.check(r)
+        engine.submit(r)
+
+
+def run(engine: Engine, *requests: Request) -> list[list[list[TokenEvent]]]:
+    """Submit all, step to the end; events[request][choice]."""
+    submit(engine, *requests)
+    events: dict[str, list[list[TokenEvent]]] = {r.id: [[] for _ in range(r.n)] for r in requests}
+    while engine.has_work:
+        for request_id, event in engine.step():
+            events[request_id][event.choice].append(event)
+    for r in requests:
+        for choice in events[r.id]:
+            assert choice[-1].finish_reason is not None
+            assert all(e.finish_reason is None for e in choice[:-1])
+    return [events[r.id] for r in requests]
+
+
+def ids(events: Sequence[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.token_ids]
+
+
+def text(events: Sequence[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+def tokens(engine: Engine, *requests: Request) -> list[list[int]]:
+    """Token ids of choice 0 of each request."""
+    return [ids(choices[0]) for choices in run(engine, *requests)]
+
+
+class TableTokenizer:
+    """Stands in for a tokenizer where no text is looked at."""
+
+    eos_ids: frozenset[int] = frozenset()
+    sha256 = "table"
+    has_chat_template = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [int(c) for c in text]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(str(i) for i in ids)
+
+    def token_text(self, token_id: int) -> str:
+        return str(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return str(token_id).encode()
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        return [0]
+
+
+class TableRunner:
+    """A model whose logits are ``table[previous token, current token]``.
+
+    The previous token is read back from a block cache, so wrong block tables, positions or rollbacks show.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, key: str, table: np.ndarray, *, num_blocks: int, block_tokens: int = 4) -> None:
+        self.vocab_size = table.shape[-1]
+        self.layout = MemberLayout(key, block_tokens)
+        self._table = torch.tensor(table, dtype=torch.float32)
+        self._cache = np.full((num_blocks, block_tokens), -1)
+        self.forwards = 0
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        self.forwards += 1
+        size, previous = self.layout.block_tokens, np.zeros(len(batch.tokens), dtype=np.int64)
+        for rows in batch.sequences:
+            for i in range(rows.count):
+                at, row = rows.start + i, rows.first_row + i
+                self._cache[rows.pages[at // size], at % size] = batch.tokens[row]
+                if at:
+                    previous[row] = self._cache[rows.pages[(at - 1) // size], (at - 1) % size]
+        wanted = np.array(batch.wanted, dtype=np.int64)
+        return self._table[previous[wanted], np.array(batch.tokens)[wanted]]
+
+
+def table_engine(
+    target: np.ndarray,
+    draft: np.ndarray | None,
+    *,
+    max_draft_tokens: int,
+    rule: Any = "token",
+    seed: int = 0,
+    num_blocks: int = 4096,
+) -> Engine:
+    """An engine over table models; ``draft`` None means n-gram proposals only."""
+    vocab = target.shape[-1]
+    runner = TableRunner("target", target, num_blocks=num_blocks)
+    proposers: dict[str, Proposer] = {"ngram": NgramProposer()}
+    if draft is not None:
+        draft_runner = TableRunner("draft", draft, num_blocks=num_blocks)
+        proposers["draft"] = DraftModelProposer(draft_runner, vocab_size=vocab, max_batch_tokens=4096)
+    info = ModelInfo("m", 0, 256, vocab, TableTokenizer(vocab), tuple(proposers), next(reversed(proposers)))
+    served = {"m": ServedModel(info, runner, proposers, FixedPolicy(max_draft_tokens), rule)}
+    blocks = KvBlocks(num_blocks)
+    scheduler = Scheduler(served, blocks, max_batch_tokens=4096, max_running=512)
+    return Engine(served, blocks, scheduler, Recorder(), seed=seed)
