@@ -44,7 +44,7 @@ class IncrementalDetokenizer:
         if self._at_start and added:
             self._at_start = False
             alone = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            if added.startswith(b" ") and not alone.startswith(" "):
+            if added.startswith(b" ") and alone == added[1:].decode("utf-8", errors="replace"):
                 return added[1:]
         return added
 

@@ -1,0 +1,185 @@
+"""Sampled output through ``Engine.step`` follows the target's distribution, and the check notices wrong engines.
+
+Target and draft are lookup tables over six tokens whose logits depend on the last two tokens, read back through the
+block tables. The joint distribution of three consecutive output tokens (the second to the fourth, so that blocks of
+every length are in it) is compared with the exact one by chi-square. ``PACELINE_CAMPAIGN=full`` (``make study``)
+takes 200,000 samples a case, the ordinary suite a twentieth.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import request, submit, table_engine
+from statistics_helpers import Floats, joint_chi_square, joint_counts, joint_probabilities
+
+import paceline.server.decoding.verify as verify_module
+import paceline.server.engine.engine as engine_module
+import paceline.server.engine.proposers as proposers_module
+from paceline.server.decoding.rows import Row
+from paceline.server.decoding.sampler import probabilities, process
+from paceline.server.decoding.verify import DraftBlock, Verdict
+from paceline.server.engine.proposers import DraftModelProposer, make_row
+from paceline.server.engine.request import SamplingParams, SpeculationParams
+
+VOCAB, DEPTH = 6, 3
+PROMPT = (0, 1, 2, 3, 1, 2)
+SAMPLES = 200_000 if os.environ.get("PACELINE_CAMPAIGN") == "full" else 10_000
+PASSES, REJECTED = 1e-4, 1e-6
+
+WARPINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cold, top_k, top_p": {"temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    "penalties": {
+        "temperature": 1.2,
+        "presence_penalty": 1.0,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.4,
+        "logit_bias": {2: 0.7, 4: -0.5},
+        "min_p": 0.03,
+    },
+}
+
+
+def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    target = rng.normal(size=(VOCAB, VOCAB, VOCAB)) * 1.3
+    return target, target + rng.normal(size=target.shape) * 0.9
+
+
+def exact_joint(target: np.ndarray, sampling: dict[str, Any]) -> Floats:
+    """Probabilities of output tokens 2-4, summed over the first."""
+    params = SamplingParams(temperature=sampling.get("temperature", 1.0)) if not sampling else None
+    params = params or SamplingParams(**{"temperature": 1.0, **sampling})
+
+    def next_probs(output: tuple[int, ...]) -> Floats:
+        context = [*PROMPT, *output]
+        logits = torch.tensor(target[context[-2], context[-1]], dtype=torch.float32)[None]
+        row = Row(params, PROMPT, list(output), (), 0, len(context))
+        return np.asarray(probabilities(process(logits, [row]), [row])[0].double().numpy())
+
+    return joint_probabilities(next_probs, VOCAB, DEPTH + 1).sum(axis=0)
+
+
+def p_value(
+    *,
+    length: int,
+    rule: str = "token",
+    draft: str = "draft",
+    warping: str = "plain",
+    samples: int = SAMPLES,
+    **extra: Any,
+) -> float:
+    target, draft_table = tables()
+    sampling = {"temperature": 1.0, **WARPINGS[warping]}
+    engine = table_engine(target, draft_table, max_draft_tokens=length, rule=rule, seed=length)
+    wish = SpeculationParams(draft=draft)
+    seeds = iter(range(10**9))
+    requests = [
+        request(
+            PROMPT,
+            n=128,
+            max_tokens=DEPTH + 2 + length,
+            speculation=wish,
+            **sampling,
+            **({"seed": next(seeds)} if extra.get("seeded") else {}),
+        )
+        for _ in range(-(-samples // 128))
+    ]
+    outputs: dict[tuple[str, int], list[int]] = {}
+    submit(engine, *requests)
+    while engine.has_work:
+        for request_id, event in engine.step():
+            outputs.setdefault((request_id, event.choice), []).extend(event.token_ids)
+    drawn = np.array([tokens[1 : DEPTH + 1] for tokens in outputs.values()][:samples])
+    assert len(drawn) == samples
+    return joint_chi_square(joint_counts(drawn, VOCAB), exact_joint(target, sampling))
+
+
+@pytest.mark.parametrize("warping", WARPINGS)
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("length", [1, 2, 3, 4])
+def test_draft_model_keeps_the_distribution(length, rule, warping):
+    assert p_value(length=length, rule=rule, warping=warping) > PASSES
+
+
+@pytest.mark.parametrize(
+    ("rule", "warping", "seeded"),
+    [("token", "penalties", False), ("block", "cold, top_k, top_p", False), ("block", "plain", True)],
+)
+def test_ngram_and_seeded_requests_keep_the_distribution(rule, warping, seeded):
+    draft = "draft" if seeded else "ngram"
+    assert p_value(length=3, rule=rule, warping=warping, draft=draft, seeded=seeded) > PASSES
+
+
+def _residual_from_p(p, q, accepted, scale):
+    index = torch.arange(p.shape[0])
+    return p[index, accepted]
+
+
+def _no_bonus(p, q, accepted, scale):
+    """Past a block accepted whole, the next token is taken from the last residual instead of from p."""
+    index, last = torch.arange(p.shape[0]), q.shape[1] - 1
+    residual = (p[index, accepted.clamp(max=last)] - q[index, accepted.clamp(max=last)]).clamp(min=0)
+    empty = residual.sum(1, keepdim=True) == 0
+    residual = torch.where(empty, p[index, accepted], residual)
+    return residual / residual.sum(1, keepdim=True)
+
+
+def _unwarped(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    return scores.softmax(-1).pow(0.5) / scores.softmax(-1).pow(0.5).sum(-1, keepdim=True)
+
+
+def _stale(sequence, drafted):
+    return replace(make_row(sequence, drafted), output_ids=make_row(sequence, ()).output_ids)
+
+
+def _drop_unlikely(propose):
+    def mutant(self, items, generator):
+        """Cut each block before the first drawn token of low confidence."""
+        blocks = []
+        for block in propose(self, items, generator):
+            kept = 0
+            while kept < len(block.token_ids) and block.probs[kept, block.token_ids[kept]] >= 0.3:
+                kept += 1
+            blocks.append(DraftBlock(block.token_ids[:kept], block.probs[:kept] if kept else None))
+        return blocks
+
+    return mutant
+
+
+MUTANTS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
+    "residual taken from p": (verify_module, "_following", _residual_from_p, {}),
+    "no bonus token": (verify_module, "_following", _no_bonus, {"length": 2}),
+    "unwarped q": (proposers_module, "probabilities", _unwarped, {"warping": "cold, top_k, top_p"}),
+    "stale penalties": (engine_module, "make_row", _stale, {"warping": "penalties"}),
+    "dropping a drawn low-confidence token": (
+        DraftModelProposer,
+        "propose",
+        _drop_unlikely(DraftModelProposer.propose),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_same_check_rejects_wrong_engines(name, monkeypatch):
+    owner, attribute, mutant, case = MUTANTS[name]
+    monkeypatch.setattr(owner, attribute, mutant)
+    assert p_value(**{"length": 3, "samples": 10_000, **case}) < REJECTED
+
+
+def test_a_wrong_verdict_in_the_coupled_rule_is_rejected(monkeypatch):
+    """Accepting a draft token that the target did not choose."""
+    real = verify_module.match_prefix
+
+    def lenient(outputs, drafts):
+        verdict = real(outputs, drafts)
+        return Verdict(len(drafts), outputs[-1]) if verdict.accepted else verdict
+
+    monkeypatch.setattr(verify_module, "match_prefix", lenient)
+    assert p_value(length=3, seeded=True, samples=10_000) < REJECTED
