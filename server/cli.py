@@ -1,0 +1,151 @@
+"""The server's commands: ``serve``, ``pull``, ``models``, ``info``; registered as ``paceline.commands``.
+
+Owns argument shapes and what is printed. The flags of ``serve`` are made from ``config.keys()``, so every
+configuration key has one. Importing this module stays cheap: what is heavy is imported by the command that
+needs it. Results go to stdout, progress and errors to stderr.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paceline.server.config import DEFAULT_TARGET, Key, keys, load_config
+from paceline.server.errors import ConfigError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Configuration file (TOML).", show_default=False),
+]
+
+
+def _with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give the command one parameter per configuration key beside its own; they arrive as keywords."""
+    parameters = Signature.from_callable(command).parameters.values()
+    own = [parameter for parameter in parameters if parameter.kind is not Parameter.VAR_KEYWORD]
+    of_keys = [_parameter(key) for key in sorted(keys(), key=_is_flag)]  # the positional one first
+    command.__signature__ = Signature([*own, *of_keys])  # type: ignore[attr-defined]
+    return command
+
+
+def _is_flag(key: Key) -> bool:
+    return key.flag.startswith("--")
+
+
+def _parameter(key: Key) -> Parameter:
+    """A parameter that is None unless given; texts, as it is the configuration that checks them."""
+    types: dict[str, Any] = {"bool": bool | None, "texts": list[str] | None}
+    annotation: Any = Annotated[
+        types.get(key.kind, str | None), _option(key) if _is_flag(key) else _argument(key)
+    ]
+    return Parameter(key.param, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _argument(key: Key) -> Any:
+    return typer.Argument(
+        help=f"{key.help} [default: {DEFAULT_TARGET}]", metavar=key.flag, show_default=False
+    )
+
+
+def _option(key: Key) -> Any:
+    names = f"{key.flag}/--no-{key.flag.removeprefix('--')}" if key.kind == "bool" else key.flag
+    return typer.Option(
+        names,
+        help=key.help + _default(key),
+        metavar=None if key.kind == "bool" else _metavar(key),
+        show_default=False,
+    )
+
+
+def _metavar(key: Key) -> str:
+    words = {
+        "text": "TEXT",
+        "texts": "TEXT",
+        "int": "INTEGER",
+        "float": "NUMBER",
+        "choice": "|".join(key.choices),
+    }
+    return words[key.kind] + (f"|{key.none_word}" if key.none_word else "")
+
+
+def _default(key: Key) -> str:
+    """The default as a user would write it; nothing for keys whose default is worked out or empty."""
+    default = key.none_word if key.default is None else key.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    return f" [default: {default}]" if isinstance(default, str | int | float) else ""
+
+
+@_with_config_flags
+def serve(
+    *,
+    config: Config = None,
+    json: Annotated[bool, typer.Option("--json", help="The same as --log-format json.")] = False,
+    **flags: Any,
+) -> None:
+    """Serve models through the OpenAI API.
+
+    Every flag is also a key of the configuration file and an environment variable PACELINE_SECTION_KEY,
+    such as PACELINE_SERVER_PORT. A flag wins over the variable, the variable over the file.
+    """
+    if json and flags["log_format"] not in (None, "json"):
+        raise ConfigError(f"--json: contradicts --log-format {flags['log_format']}; keep one of the two")
+    loaded = load_config(config, os.environ, flags | ({"log_format": "json"} if json else {}))
+    from paceline.server.serving import serve as run
+
+    raise typer.Exit(run(loaded))
+
+
+def pull(
+    model: Annotated[str, typer.Argument(help="Catalog name or hf:ORG/NAME[@REV].", metavar="MODEL")],
+    *,
+    json: Json = False,
+) -> None:
+    """Fetch a model into the cache and verify it."""
+    from paceline.server.log import configure_logging
+    from paceline.server.models import sources
+
+    configure_logging("text")
+    path = sources.resolve(model)
+    typer.echo(_dumps({"model": model, "path": str(path)}) if json else str(path))
+
+
+def models(*, json: Json = False) -> None:
+    """List the models known by name and which of them are fetched."""
+    from paceline.server.models import sources
+    from paceline.server.models.catalog import catalog
+
+    known = [
+        {
+            "name": entry.name,
+            "description": entry.description,
+            "size_bytes": entry.size_bytes,
+            "sha256": entry.sha256,
+            "licence": entry.licence,
+            "path": None if (path := sources.cached(entry.name)) is None else str(path),
+        }
+        for entry in catalog().values()
+    ]
+    typer.echo(_dumps(known) if json else "\n".join(map(_model_line, known)))
+
+
+def _model_line(known: Mapping[str, Any]) -> str:
+    state = known["path"] or "not fetched"
+    return f"{known['name']:<28} {known['size_bytes'] / 1e6:>6.0f} MB  {known['description']}\n    {state}"
+
+
+def info(*, json: Json = False) -> None:
+    """Show versions, CPU features, devices and what "auto" means here."""
+    from paceline.server.report import lines, report
+
+    facts = report()
+    typer.echo(_dumps(facts) if json else "\n".join(lines(facts)))
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, indent=2)

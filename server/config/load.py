@@ -1,0 +1,234 @@
+"""Reads the configuration: flag over environment variable over file over default.
+
+Every source becomes a layer of checked values by (section, key). Each layer is checked in full (a bad
+value is an error even where a stronger source overrides it), then the layers are laid over each other.
+Environment variables are ``PACELINE_<SECTION>_<KEY>`` (sections server, engine, model, speculation) and
+``PACELINE_API_KEY``. Model keys from flags and variables speak about the one model being served; with several
+models in the file they are refused, as it would be unclear which one is meant.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.server.config.schema import (
+    EngineConfig,
+    Key,
+    ModelSpec,
+    PacelineConfig,
+    Section,
+    ServerConfig,
+    SpeculationConfig,
+    keys,
+    section_keys,
+)
+from paceline.server.config.values import convert
+from paceline.server.errors import ConfigError
+
+DEFAULT_TARGET = "smollm2-135m-instruct"
+
+API_KEY_VARIABLE = "PACELINE_API_KEY"
+
+_MODEL_SECTIONS: tuple[Section, ...] = ("model", "speculation")
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A checked value and where it was written."""
+
+    value: Any
+    place: str
+
+
+_Layer = dict[tuple[Section, str], _Value]
+
+
+def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, object]) -> PacelineConfig:
+    """The configuration from all its sources.
+
+    Args:
+        path: the TOML file, if there is one.
+        env: environment variables; those outside Paceline's sections are left alone.
+        flags: values by ``Key.param``; None (and an empty list) means that the flag was not given.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range, or keys that contradict each other.
+    """
+    shared, models = _read_file(path) if path is not None else ({}, [])
+    above = _env_layer(env) | _flag_layer(flags)
+    shared |= {spot: value for spot, value in above.items() if spot[0] not in _MODEL_SECTIONS}
+    for_model = {spot: value for spot, value in above.items() if spot[0] in _MODEL_SECTIONS}
+    if len(models) > 1 and for_model:
+        place = next(iter(for_model.values())).place
+        raise ConfigError(
+            f"{place}: {path} lists {len(models)} models; set it in the [[models]] table it is for"
+        )
+    models = models or [{("model", "target"): _Value(DEFAULT_TARGET, "default")}]
+    specs = tuple(_model(layer | for_model, _spot(path, index)) for index, layer in enumerate(models))
+    _check_names(specs, path)
+    return PacelineConfig(
+        server=ServerConfig(**_section(shared, "server")),
+        engine=EngineConfig(**_section(shared, "engine")),
+        models=specs,
+    )
+
+
+def default_name(target: str) -> str:
+    """The name clients ask for when none is configured: the last part of the reference."""
+    reference = target.removeprefix("hf:").split("@")[0] if target.startswith("hf:") else target
+    return Path(reference).name.removesuffix(".gguf") or target
+
+
+def _section(layer: _Layer, section: Section) -> dict[str, Any]:
+    return {name: entry.value for (part, name), entry in layer.items() if part == section}
+
+
+def _spot(path: Path | None, index: int) -> str:
+    return f"{path}:models[{index}]" if path is not None else "MODEL"
+
+
+# ---- file
+
+
+def _read_file(path: Path) -> tuple[_Layer, list[_Layer]]:
+    tables = _parse(path)
+    shared: _Layer = {}
+    models: list[_Layer] = []
+    for name, table in tables.items():
+        if name in ("server", "engine"):
+            shared |= _table(table, "server" if name == "server" else "engine", f"{path}:{name}")
+        elif name == "models":
+            models = _read_models(table, path)
+        else:
+            raise ConfigError(f"{path}:{name}: unknown key; {_hint(name, ['server', 'engine', 'models'])}")
+    return shared, models
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config: there is no file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # bad TOML or bad UTF-8
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _read_models(tables: object, path: Path) -> list[_Layer]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{path}:models: write one [[models]] table per model")
+    return [_read_model(dict(table), _spot(path, index)) for index, table in enumerate(tables)]
+
+
+def _read_model(table: dict[str, Any], place: str) -> _Layer:
+    if "steering" in table:
+        raise ConfigError(f"{place}.steering: steering is not available in this version; remove the table")
+    speculation = table.pop("speculation", {})
+    return _table(table, "model", place) | _table(speculation, "speculation", f"{place}.speculation")
+
+
+def _table(table: object, section: Section, place: str) -> _Layer:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{place}: expected a table, got {table!r:.60}")
+    known = section_keys(section)
+    layer: _Layer = {}
+    for name, value in table.items():
+        spot = f"{place}.{name}"
+        if name not in known:
+            raise ConfigError(f"{spot}: unknown key; {_file_hint(name, section)}")
+        layer[section, name] = _Value(convert(known[name], value, spot, text=False), spot)
+    return layer
+
+
+def _file_hint(name: str, section: Section) -> str:
+    elsewhere = [key for key in keys() if key.name == name and key.section != section]
+    if elsewhere:
+        return f'did you mean "{_table_name(elsewhere[0])}.{name}"?'
+    nested = ["speculation"] if section == "model" else []
+    return _hint(name, [*section_keys(section), *nested])
+
+
+def _table_name(key: Key) -> str:
+    return {"model": "models", "speculation": "models.speculation"}.get(key.section, key.section)
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
+
+
+# ---- environment and flags
+
+
+def _env_layer(env: Mapping[str, str]) -> _Layer:
+    known = {key.variable: key for key in keys()}
+    prefixes = tuple(f"PACELINE_{section}_".upper() for section in {key.section for key in keys()})
+    layer: _Layer = {}
+    for name in sorted(name for name in env if name.startswith(prefixes)):
+        if name not in known:
+            raise ConfigError(f"{name}: unknown environment variable; {_hint(name, known)}")
+        key = known[name]
+        _refuse_kubernetes(name, env[name])
+        layer[key.section, key.name] = _Value(convert(key, env[name], name, text=True), name)
+    return layer | _short_api_key(env)
+
+
+def _refuse_kubernetes(name: str, value: str) -> None:
+    """A Kubernetes service called ``paceline-server`` sets PACELINE_SERVER_PORT to an address of its own."""
+    if name == "PACELINE_SERVER_PORT" and value.startswith("tcp://"):
+        raise ConfigError(
+            f"{name}: set by a Kubernetes service called paceline-server, not by you; rename the service or "
+            "set enableServiceLinks: false in the pod"
+        )
+
+
+def _short_api_key(env: Mapping[str, str]) -> _Layer:
+    if not env.get(API_KEY_VARIABLE):
+        return {}
+    key = section_keys("server")["api_keys"]
+    if key.variable in env:
+        raise ConfigError(f"{API_KEY_VARIABLE}: {key.variable} is set as well; keep one of the two")
+    return {("server", "api_keys"): _Value((env[API_KEY_VARIABLE],), API_KEY_VARIABLE)}
+
+
+def _flag_layer(flags: Mapping[str, object]) -> _Layer:
+    known = {key.param: key for key in keys()}
+    layer: _Layer = {}
+    for name, value in flags.items():
+        if name not in known:
+            raise ConfigError(f"{name}: unknown flag; {_hint(name, known)}")
+        key = known[name]
+        if value is not None and value != [] and value != ():
+            layer[key.section, key.name] = _Value(convert(key, value, key.flag, text=True), key.flag)
+    return layer
+
+
+# ---- models
+
+
+def _model(layer: _Layer, place: str) -> ModelSpec:
+    values = _section(layer, "model")
+    if "target" not in values:
+        raise ConfigError(f'{place}: target is missing; add a line such as target = "{DEFAULT_TARGET}"')
+    values.setdefault("name", default_name(values["target"]))
+    speculation = SpeculationConfig(**_section(layer, "speculation"))
+    if speculation.draft == "ngram" and not speculation.ngram:
+        draft = layer["speculation", "draft"].place
+        raise ConfigError(f'{draft}: draft "ngram" contradicts ngram = false for {place}; change one of them')
+    return ModelSpec(**values, speculation=speculation)
+
+
+def _check_names(specs: tuple[ModelSpec, ...], path: Path | None) -> None:
+    seen: dict[str, int] = {}
+    for index, spec in enumerate(specs):
+        if spec.name in seen:
+            raise ConfigError(
+                f'{_spot(path, index)}.name: models[{seen[spec.name]}] is called "{spec.name}" as well; '
+                "give each model a name of its own"
+            )
+        seen[spec.name] = index

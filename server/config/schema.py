@@ -1,0 +1,193 @@
+"""The configuration's shape: every key with its type, default, range and help, in one place.
+
+The dataclasses are what the rest of the server reads; ``keys()`` is the same information as a flat table that
+drives the file reader, the environment reader and the command line. A key that is added to a dataclass is
+therefore a file key, an environment variable and a flag at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
+
+Section = Literal["server", "engine", "model", "speculation"]
+Kind = Literal["text", "texts", "int", "float", "bool", "choice"]
+
+_LATER = "is not available in this version"
+
+
+def _key(help: str, default: Any = MISSING, *, secret: bool = False, **about: Any) -> Any:
+    """A dataclass field that carries what ``Key`` needs beyond its name and type."""
+    return field(default=default, repr=not secret, metadata={"help": help, "secret": secret, **about})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The ``[server]`` table: where to listen, whom to serve, how to stop."""
+
+    host: str = _key("Address to listen on.", "127.0.0.1")
+    port: int = _key("Port to listen on; 0 takes a free one.", 8000, low=0, high=65535)
+    api_keys: tuple[str, ...] = _key(
+        "Key that clients must send; may be repeated. PACELINE_API_KEY sets one, too.",
+        (),
+        flag="--api-key",
+        secret=True,
+    )
+    admin_keys: tuple[str, ...] = _key(
+        "Key for the admin endpoints; may be repeated.", (), flag="--admin-key", secret=True
+    )
+    max_queued_requests: int = _key("Waiting requests before new ones get 429.", 256, low=1)
+    drain_seconds: float = _key("How long running requests may finish when asked to stop.", 30.0, low=0)
+    log_format: Literal["text", "json"] = _key("How log lines look.", "text")
+    allow_unknown_fields: bool = _key("Ignore unknown request fields with a warning, not a 400.", False)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The ``[engine]`` table. None is "auto": ``resolve`` fills threads, the engine kv_cache_gib."""
+
+    kind: Literal["native", "vllm"] = _key(
+        "Which engine runs the models.",
+        "native",
+        flag="--engine",
+        refused={"vllm": f'{_LATER}; use "native"'},
+    )
+    device: Literal["auto", "cpu", "cuda"] = _key("Where to run; auto takes CUDA if there is one.", "auto")
+    threads: int | None = _key("CPU threads; auto takes the physical cores.", None, low=1, high=1024)
+    kv_cache_gib: float | None = _key("Memory for the KV cache of all models, GiB.", None, above=0)
+    max_batch_tokens: int = _key("Prefill tokens per engine step.", 512, low=1)
+    max_running: int = _key("Sequences that run at the same time.", 64, low=1)
+    block_size: int = _key("Tokens per KV block.", 16, low=1, high=1024)
+    prefix_caching: bool = _key("Reuse the KV cache of equal prompt beginnings.", True)
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """The ``[models.speculation]`` table; ``draft`` None switches speculation off unless a request asks."""
+
+    draft: str | None = _key('Draft model reference, "ngram" or "none".', None, none_word="none")
+    max_draft_tokens: int = _key("Draft tokens per block.", 4, low=1, high=MAX_DRAFT_TOKENS)
+    policy: Literal["fixed"] = _key(
+        "How the draft length is chosen.", "fixed", refused={"adaptive": f'{_LATER}; use "fixed"'}
+    )
+    ngram: bool = _key("Let requests choose n-gram proposals beside the draft.", True)
+    verify: Literal["block", "token"] = _key("Verification rule for unseeded sampling.", "block")
+    min_lenience: float = _key("Least lenience that requests may ask for; 1 is exact.", 1.0, only=1.0)
+    lenience_form: Literal["exp"] = _key("Form of the lenience function.", "exp")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One ``[[models]]`` table: ``name`` is what clients ask for, ``target`` the reference it loads."""
+
+    name: str = _key("Name that clients ask for; by default taken from the target.")
+    target: str = _key("Catalog name, hf:ORG/NAME[@REV], folder or .gguf file.", flag="MODEL")
+    weights: Literal["auto", "fp32", "bf16"] = _key(
+        "Weight format; auto takes bf16 where the machine computes in it.",
+        "auto",
+        refused=dict.fromkeys(("int8", "int4"), f'{_LATER}; use "auto", "fp32" or "bf16"'),
+    )
+    context_length: int | None = _key("Longest sequence, tokens; auto is the model's own.", None, low=2)
+    speculation: SpeculationConfig = SpeculationConfig()
+
+
+@dataclass(frozen=True)
+class PacelineConfig:
+    """Everything ``serve`` needs."""
+
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    models: tuple[ModelSpec, ...] = ()
+
+
+SECTIONS: Mapping[Section, type] = {
+    "server": ServerConfig,
+    "engine": EngineConfig,
+    "model": ModelSpec,
+    "speculation": SpeculationConfig,
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key, as file, environment and command line see it.
+
+    Attributes:
+        none_word: the word that stands for None ("auto", "none"), if None is allowed.
+        low, high: inclusive bounds. ``above``: exclusive lower bound. ``only``: the one value accepted now.
+        refused: words of the contract that this version answers with a sentence of its own.
+        flag: ``--name``, or the metavariable of the positional argument.
+    """
+
+    section: Section
+    name: str
+    kind: Kind
+    help: str
+    default: Any
+    flag: str
+    choices: tuple[str, ...] = ()
+    none_word: str | None = None
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    only: float | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    secret: bool = False
+
+    @property
+    def param(self) -> str:
+        """Name under which the command line passes the value."""
+        return self.flag.lstrip("-").replace("-", "_").lower()
+
+    @property
+    def variable(self) -> str:
+        """Name of the environment variable."""
+        return f"PACELINE_{self.section}_{self.name}".upper()
+
+
+@cache
+def keys() -> tuple[Key, ...]:
+    """Every key of every section, in the order of the dataclasses."""
+    return tuple(key for section in SECTIONS for key in section_keys(section).values())
+
+
+@cache
+def section_keys(section: Section) -> Mapping[str, Key]:
+    """Keys of one table by name; nested tables are not keys."""
+    hints = get_type_hints(SECTIONS[section])
+    return {
+        entry.name: _describe(section, entry.name, hints[entry.name], entry.default, dict(entry.metadata))
+        for entry in fields(SECTIONS[section])
+        if entry.metadata
+    }
+
+
+def _describe(section: Section, name: str, hint: Any, default: Any, about: dict[str, Any]) -> Key:
+    options = get_args(hint)
+    if NoneType in options:
+        hint = next(option for option in options if option is not NoneType)
+        about.setdefault("none_word", "auto")
+    flag = about.pop("flag", f"--{name.replace('_', '-')}")
+    choices = _choices(hint, about.get("refused", {}))
+    return Key(section, name, _kind(hint), default=default, flag=flag, choices=choices, **about)
+
+
+def _choices(hint: Any, refused: Mapping[str, str]) -> tuple[str, ...]:
+    words = get_args(hint) if get_origin(hint) is Literal else ()
+    return tuple(word for word in words if word not in refused)
+
+
+def _kind(hint: Any) -> Kind:
+    if get_origin(hint) is Literal:
+        return "choice"
+    kinds: Mapping[Any, Kind] = {
+        str: "text",
+        tuple[str, ...]: "texts",
+        int: "int",
+        float: "float",
+        bool: "bool",
+    }
+    return kinds[hint]

@@ -1,0 +1,258 @@
+"""A served process from its port to its exit code: loading, draining, signals, failures.
+
+The process is real (``paceline serve`` with a scripted engine); what happens when is decided here by creating
+files, so nothing is timed.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+HERE = Path(__file__).parent
+PATIENCE_SECONDS = 60
+
+
+class Process:
+    """A running ``paceline serve``; its output lands in files, so that no pipe fills up."""
+
+    def __init__(self, folder: Path, arguments: tuple[str, ...], options: dict[str, object]) -> None:
+        self.folder = folder
+        command = [sys.executable, str(HERE / "serving_process.py"), str(folder), json.dumps(options)]
+        paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+        with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+            self.child = subprocess.Popen(
+                [*command, *arguments],
+                stdout=out,
+                stderr=err,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            )
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def tell(self, name: str) -> None:
+        (self.folder / name).touch()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is so; it is a failure if the process ends before."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert self.child.poll() is None, f"the process ended: {self.err}"
+            assert time.monotonic() < deadline, f"it never came: {self.err}"
+            time.sleep(0.01)
+
+    @property
+    def url(self) -> str:
+        self.until(lambda: "listening on http" in self.err)
+        return self.err.partition("listening on ")[2].partition(",")[0]  # in text and JSON alike
+
+    def ready(self) -> str:
+        self.tell("load")
+        self.until(lambda: self.status("/ready") == 200)
+        return self.url
+
+    def status(self, path: str) -> int:
+        return httpx.get(self.url + path).status_code
+
+    def ends(self) -> int:
+        return self.child.wait(PATIENCE_SECONDS)
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[Process] = []
+
+    def start(*arguments: str, port: int = 0, **options: object) -> Process:
+        folder = tmp_path / str(len(started))
+        folder.mkdir()
+        started.append(Process(folder, ("--port", str(port), *arguments), options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.child.kill()
+        process.child.wait()
+
+
+def ask(url: str, *, stream: bool = False) -> httpx.Response:
+    body = {"model": "fake", "prompt": "x", "stream": stream}
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_SECONDS)
+
+
+@contextmanager
+def running_stream(url: str) -> Iterator[Iterator[str]]:
+    """A streamed completion that has begun and goes on until told to finish."""
+    body = {"model": "fake", "prompt": "x", "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE_SECONDS) as response:
+        lines = (line for line in response.iter_lines() if line)
+        assert "begun" in next(lines)
+        yield lines
+
+
+def drained(process: Process, sig: signal.Signals = signal.SIGTERM) -> None:
+    """Send the first signal and wait until the process drains."""
+    process.child.send_signal(sig)
+    process.until(lambda: process.status("/ready") == 503)
+
+
+def test_health_answers_while_loading_and_the_rest_is_503(start: Start) -> None:
+    process = start()
+    assert process.status("/health") == 200
+    assert process.status("/ready") == 503
+    refused = ask(process.url)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "loading"
+    assert int(refused.headers["retry-after"]) > 0
+    assert process.out == ""
+
+    process.ready()
+    process.until(lambda: "Try it" in process.out)
+    url = process.url
+    assert f"Paceline serves fake at {url}\n" in process.out
+    assert f"curl {url}/v1/chat/completions" in process.out
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_drains(start: Start, sig: signal.Signals) -> None:
+    process = start()
+    url = process.ready()
+    with running_stream(url) as lines:
+        drained(process, sig)
+        refused = ask(url)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "draining"
+        assert int(refused.headers["retry-after"]) > 0
+        assert process.status("/health") == 200
+        process.tell("finish")
+        rest = list(lines)
+    assert "ended" in rest[0]
+    assert rest[-1] == "data: [DONE]"
+    assert process.ends() == 0
+    assert "Traceback" not in process.err
+
+
+def test_a_signal_without_requests_ends_at_once(start: Start) -> None:
+    process = start()
+    process.ready()
+    process.child.send_signal(signal.SIGTERM)
+    assert process.ends() == 0
+
+
+def test_running_requests_are_cut_when_drain_seconds_are_over(start: Start) -> None:
+    process = start("--drain-seconds", "0.2")
+    with running_stream(process.ready()) as lines:
+        process.child.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert not any("ended" in line for line in rest)
+    assert json.loads(rest[0].removeprefix("data: "))["error"]["code"] == "stopped"
+    assert process.ends() == 0
+    assert "running requests are cut" in process.err
+
+
+@pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_leaves_at_once(start: Start, sig: signal.Signals, code: int) -> None:
+    process = start("--drain-seconds", "1000")
+    with running_stream(process.ready()) as lines:
+        drained(process)
+        process.child.send_signal(sig)
+        assert process.ends() == code
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+
+
+def test_a_signal_while_loading_ends_it(start: Start) -> None:
+    process = start()
+    assert process.status("/health") == 200
+    process.child.send_signal(signal.SIGTERM)
+    assert process.ends() == 0
+
+
+def test_a_load_error_is_one_line_and_exit_code_1(start: Start) -> None:
+    process = start(load_error="user")
+    process.tell("load")
+    assert process.ends() == 1
+    assert process.err.splitlines()[-1] == "paceline: model.gguf: the file is cut off; fetch it again"
+    assert "Traceback" not in process.err
+
+
+def test_a_bug_while_loading_shows_its_traceback(start: Start) -> None:
+    process = start(load_error="crash")
+    process.tell("load")
+    assert process.ends() == 1
+    assert "Traceback" in process.err
+    assert process.err.splitlines()[-1] == "RuntimeError: a bug while loading"
+
+
+def test_an_engine_that_fails_ends_the_process(start: Start) -> None:
+    process = start()
+    process.ready()
+    process.tell("fail")
+    assert process.ends() == 1
+    assert "the engine failed" in process.err
+
+
+def test_an_engine_that_fails_while_draining_ends_the_process(start: Start) -> None:
+    process = start("--drain-seconds", "1000")
+    with running_stream(process.ready()):
+        drained(process)
+        process.tell("fail")
+        assert process.ends() == 1
+
+
+def test_an_engine_that_does_not_stop_is_left_behind(start: Start) -> None:
+    process = start(stop_hangs=True)
+    process.ready()
+    process.child.send_signal(signal.SIGTERM)
+    assert process.ends() == 1
+    assert "did not stop" in process.err
+
+
+def test_a_port_in_use_is_one_line(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = start(port=port)
+        assert process.ends() == 1
+    assert process.err == (
+        f"paceline: cannot listen on 127.0.0.1 port {port}: the port is in use; "
+        "stop what listens there or choose another --port\n"
+    )
+
+
+def test_an_unknown_host_is_one_line(start: Start) -> None:
+    process = start("--host", "999.1.2.3.invalid")
+    assert process.ends() == 1
+    assert process.err.startswith("paceline: cannot listen on 999.1.2.3.invalid: ")
+    assert len(process.err.splitlines()) == 1
+
+
+def test_json_logs_are_one_object_per_line(start: Start) -> None:
+    process = start("--json", "--api-key", "sesame")
+    url = process.ready()
+    httpx.get(f"{url}/health")
+    process.child.send_signal(signal.SIGTERM)
+    assert process.ends() == 0
+    assert process.out == ""
+    records = [json.loads(line) for line in process.err.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
+    assert next(record for record in records if record["message"] == "ready")["models"] == ["fake"]
+    access = next(record for record in records if record.get("path") == "/health")
+    assert (access["logger"], access["method"], access["status"]) == ("uvicorn.access", "GET", 200)
+    assert "sesame" not in process.err
