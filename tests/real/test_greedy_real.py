@@ -59,7 +59,8 @@ def asked(built: BuiltEngine, name: str, speculation: SpeculationParams) -> list
 def check_greedy(logits: torch.Tensor, output: list[int], label: str) -> int:
     """Every token is the argmax of its position, or as good as it; returns how often it was the latter."""
     gaps = logits.max(dim=-1).values - logits[torch.arange(len(output)), torch.tensor(output)]
-    assert float(gaps.max()) < NEAR_TIE, f"{label}: token {int(gaps.argmax())} is {float(gaps.max()):.4f} below the best"
+    worst = float(gaps.max())
+    assert worst < NEAR_TIE, f"{label}: token {int(gaps.argmax())} is {worst:.4f} below the best"
     return int((gaps > 0).sum())
 
 

@@ -61,7 +61,7 @@ def test_greedy_with_speculation_equals_without(draft, length, tiny_checkpoint, 
         max_batch_tokens=32,
     )
     asked = [
-        dict(prompt=p, max_tokens=40, repetition_penalty=1.0 + 0.3 * (i % 2))
+        {"prompt": p, "max_tokens": 40, "repetition_penalty": 1.0 + 0.3 * (i % 2)}
         for i, p in enumerate(prompts(8))
     ]
     expected = tokens(plain, *(request(**a) for a in asked))
@@ -118,7 +118,7 @@ def test_prefix_cache_shares_blocks_between_choices_and_requests(tiny_checkpoint
 @pytest.mark.parametrize("draft", [None, "near"])
 def test_preemption_recomputes_and_changes_nothing(draft, tiny_checkpoint, drafts):
     target = tiny_checkpoint("llama")
-    asked = [dict(prompt=p, max_tokens=60) for p in prompts(6, seed=4, longest=30)]
+    asked = [{"prompt": p, "max_tokens": 60} for p in prompts(6, seed=4, longest=30)]
     expected = tokens(tiny_engine(spec(target)), *(request(**a) for a in asked))
     recorder = Recorder()
     tight = tiny_engine(
@@ -279,12 +279,12 @@ def test_fair_stepping_does_not_let_a_busy_model_starve_another(tiny_checkpoint)
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
-        (dict(prompt=[]), InvalidRequestError),
-        (dict(prompt=[5] * 600), ContextLengthError),
-        (dict(prompt=[5], max_tokens=512), ContextLengthError),
-        (dict(prompt=[5], model="nope"), UnknownModelError),
-        (dict(prompt=[5], speculation=SpeculationParams(draft="nope")), InvalidRequestError),
-        (dict(prompt=[5], speculation=SpeculationParams(max_draft_tokens=99)), InvalidRequestError),
+        ({"prompt": []}, InvalidRequestError),
+        ({"prompt": [5] * 600}, ContextLengthError),
+        ({"prompt": [5], "max_tokens": 512}, ContextLengthError),
+        ({"prompt": [5], "model": "nope"}, UnknownModelError),
+        ({"prompt": [5], "speculation": SpeculationParams(draft="nope")}, InvalidRequestError),
+        ({"prompt": [5], "speculation": SpeculationParams(max_draft_tokens=99)}, InvalidRequestError),
     ],
 )
 def test_what_can_never_run_is_refused_at_the_door(bad, error, tiny_checkpoint):
