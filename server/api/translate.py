@@ -123,7 +123,7 @@ def _job(
     job_id = f"{prefix}-{uuid4().hex}"
     speculation = speculation_params(body.speculation, model)
     requests = tuple(
-        Request(f"{job_id}-{i}", model.name, prompt.ids, params, speculation, body.n)
+        Request(f"{job_id}-{i}", model.name, prompt.ids, params, speculation, body.n, prefix == "cmpl")
         for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
     )
     return Job(

@@ -58,7 +58,10 @@ class SpeculationParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt with ``n`` choices for one served model; ids are within the model's vocabulary."""
+    """One prompt with ``n`` choices for one served model; ids are within the model's vocabulary.
+
+    ``continues_text``: the output goes on with the prompt's text (completions), so a leading space counts.
+    """
 
     id: str
     model: str
@@ -66,6 +69,7 @@ class Request:
     sampling: SamplingParams = SamplingParams()
     speculation: SpeculationParams = SpeculationParams()
     n: int = 1
+    continues_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)

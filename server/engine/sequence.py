@@ -78,7 +78,7 @@ class Sequence:
         self.timing = Timing()
         self._eos = frozenset() if self.sampling.ignore_eos else tokenizer.eos_ids
         self.masked_until_min_tokens = tuple(sorted(self._eos | set(self.sampling.stop_token_ids)))
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, continues=request.continues_text)
         self._stops = StopChecker(self.sampling.stop)
 
     @property

@@ -5,6 +5,7 @@ fields (rope parameters, layer types), this module refuses what the native engin
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,6 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
 
-    @property
-    def kv_bytes_per_token_fp32(self) -> int:
-        """Bytes of K and V of all layers for one token at four bytes a value."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * 4
-
 
 def unsupported(what: str) -> UnsupportedModelError:
     """The one refusal sentence for models that the native engine does not run."""
@@ -79,7 +75,7 @@ def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> 
     from transformers import AutoConfig
 
     try:
-        normal = AutoConfig.for_model(**dict(hf))
+        normal = AutoConfig.for_model(**deepcopy(dict(hf)))  # it writes into nested tables
         return _from_transformers(normal, where)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is not a valid {model_type} configuration: {error}") from error

@@ -48,6 +48,12 @@ class Metadata:
         # 1e-5 is stored as single precision; read as double it would be 9.99999974e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
+    def length(self, key: str) -> int:
+        """Number of entries of an array, 0 if it is absent; entries themselves are not read."""
+        field = self._fields.get(key)
+        # A field's parts: key length, key, type, then the array's item type, its length, its items.
+        return 0 if field is None else int(field.parts[4][0])
+
     def get(self, key: str) -> Any:
         """Value of ``ARCHITECTURE.key``, None if absent."""
         return self.general(f"{self.architecture}.{key}")

@@ -87,7 +87,21 @@ def _convert(path: Path, folder: Path) -> None:
             raise ArtifactError(f"the tokenizer in {path} cannot be converted: {error}") from error
     _complete(hf.backend_tokenizer, metadata, hf.bos_token)
     hf.save_pretrained(str(folder))
+    _drop_tokens_from(folder / "tokenizer.json", metadata.length("tokenizer.ggml.tokens"))
     _write_configs(hf, metadata, folder)
+
+
+def _drop_tokens_from(file: Path, first_id: int) -> None:
+    """Remove added tokens past the file's vocabulary.
+
+    transformers gives every byte-level vocabulary an ``<|endoftext|>``; where the model has none, it would get an
+    id that the model has no embedding for.
+    """
+    state = json.loads(file.read_text(encoding="utf-8"))
+    known = [token for token in state["added_tokens"] if token["id"] < first_id]
+    if len(known) < len(state["added_tokens"]):
+        state["added_tokens"] = known
+        file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
 def _complete(backend: Any, metadata: Metadata, bos_token: str | None) -> None:

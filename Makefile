@@ -1,0 +1,85 @@
+# `make serve` and `make test` need nothing but Python 3.11+. Interrupted, run them again.
+# Variables, from the environment or the command line: PYTHON HOST PORT MODEL VENV PYTEST_ARGS BENCH_ARGS
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= smollm2-135m-instruct
+VENV ?= .venv
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+# A ready-mark is written only after an install that succeeded. It is named after the environment (Python version,
+# this folder) and after what was installed: when either changes, the install runs again.
+ENV_ID := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])' 2>/dev/null)-$(shell pwd | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/.ready-$(ENV_ID)-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+
+# An install that broke off leaves this file behind; then no mark counts.
+ifneq ($(wildcard $(VENV)/.installing),)
+.PHONY: $(READY)-server $(READY)-dev $(READY)-bench
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test bench lint format types env clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+serve: $(READY)-server ## install, fetch the default model, serve it on HOST:PORT
+	@exec $(BIN)/paceline serve '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
+
+test: $(READY)-dev ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(READY)-bench ## this server beside transformers and llama.cpp, same model, same prompts
+	$(BIN)/python -m paceline.clients.bench_peers --model '$(MODEL)' $(BENCH_ARGS)
+
+lint: $(READY)-dev ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)-dev ## ruff: mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)-dev ## mypy, strict
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+
+env: $(READY)-dev ## the development environment alone
+
+clean: ## remove environments, caches and build results (not the model cache)
+	rm -rf .venv .ci-venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find server kernels draftmodels clients tests -name __pycache__ -type d -exec rm -rf {} +
+
+$(READY)-server:
+	$(call install,server)
+
+$(READY)-dev:
+	$(call install,server$(comma)dev)
+	@touch $(READY)-server
+
+$(READY)-bench:
+	$(call install,server$(comma)bench)
+	@touch $(READY)-server
+
+comma := ,
+
+# An environment that was left half-installed, or made by another Python or in another folder, is made anew; any
+# other is updated in place. Marks go first and pyvenv.cfg stays, so that breaking off here does no harm either.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo 'Paceline needs Python 3.11 or newer: set PYTHON=/path/to/python3.11 (now: $(PYTHON))' >&2; exit 1; }
+@if [ -d '$(VENV)' ] && [ ! -e '$(VENV)/pyvenv.cfg' ] && [ -n "$$(find '$(VENV)' -type f -print)" ]; then \
+	echo '$(VENV) exists and is not a virtual environment: remove it or set VENV=another' >&2; exit 1; fi
+@if [ -e '$(VENV)/.installing' ] || ! ls $(VENV)/.ready-$(ENV_ID)-* >/dev/null 2>&1; then \
+	rm -f $(VENV)/.ready-*; \
+	if [ -d '$(VENV)' ]; then find '$(VENV)' -mindepth 1 -maxdepth 1 ! -name pyvenv.cfg -exec rm -rf {} +; fi; \
+	$(PYTHON) -m venv '$(VENV)'; fi
+@touch '$(VENV)/.installing'
+$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+@find '$(VENV)' -maxdepth 1 -name '.ready-*' ! -name '$(notdir $(READY))-*' -exec rm -f {} +
+@touch '$@'
+@rm -f '$(VENV)/.installing'
+endef

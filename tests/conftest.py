@@ -1,0 +1,42 @@
+"""What every test runs under: no hub, quiet libraries, one torch thread, and shared tiny checkpoints."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read once when these libraries are imported, hence before the imports below.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import real_models
+import tiny
+import torch
+
+# Tests measure nothing, and a 64-wide model is quicker on one thread than on the hand-over between two.
+torch.set_num_threads(1)
+
+TinyCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """``tiny_checkpoint(arch="llama", seed=0, **overrides)`` -> folder, built once; don't write into it."""
+    built: dict[str, Path] = {}
+
+    def build(arch: tiny.Arch = "llama", seed: int = 0, **overrides: Any) -> Path:
+        key = repr((arch, seed, sorted(overrides.items())))
+        if key not in built:
+            folder = tmp_path_factory.mktemp(f"tiny-{arch}")
+            built[key] = tiny.write_tiny_checkpoint(folder, arch, seed, **overrides)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """``real_model(name)`` -> file or folder of a catalog model's real weights, downloaded if need be."""
+    return real_models.real_model
