@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # A ready-mark is written only after an install that succeeded. It is named after the environment (Python version,
 # this folder) and after what was installed: when either changes, the install runs again.
 ENV_ID := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])' 2>/dev/null)-$(shell pwd | cksum | cut -d ' ' -f 1)
-READY := $(VENV)/.ready-$(ENV_ID)-$(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/.ready-$(ENV_ID)-$(shell cat pyproject.toml constraints.txt $(wildcard setup.py kernels/cpu/csrc/*) | cksum | cut -d ' ' -f 1)
 
 # An install that broke off leaves this file behind; then no mark counts.
 ifneq ($(wildcard $(VENV)/.installing),)
@@ -50,7 +50,7 @@ types: $(READY)-dev ## mypy, strict
 env: $(READY)-dev ## the development environment alone
 
 clean: ## remove environments, caches and build results (not the model cache)
-	rm -rf .venv .ci-venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .ci-venv build dist *.egg-info kernels/cpu/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find server kernels draftmodels clients tests -name __pycache__ -type d -exec rm -rf {} +
 
 $(READY)-server:

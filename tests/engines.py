@@ -48,8 +48,8 @@ def spec(
 
 
 def tiny_engine(*models: ModelSpec, observer: Recorder | None = None, **engine: Any) -> Engine:
-    """The real builder on CPU in fp32; 4 MiB of KV and blocks of 8 unless told otherwise."""
-    settings = {"device": "cpu", "threads": 1, "kv_cache_gib": 4 / 1024, "block_size": 8, **engine}
+    """The real builder on CPU in fp32; 4 MiB of KV and blocks of 16 unless told otherwise."""
+    settings = {"device": "cpu", "threads": 1, "kv_cache_gib": 4 / 1024, "block_size": 16, **engine}
     config = PacelineConfig(engine=EngineConfig(**settings), models=models)
     return build_native(config, observer or Recorder()).engine
 

@@ -85,10 +85,10 @@ class ModelSpec:
 
     name: str = _key("Name that clients ask for; by default taken from the target.")
     target: str = _key("Catalog name, hf:ORG/NAME[@REV], folder or .gguf file.", flag="MODEL")
-    weights: Literal["auto", "fp32", "bf16"] = _key(
+    weights: Literal["auto", "fp32", "bf16", "int8"] = _key(
         "Weight format; auto takes bf16 where the machine computes in it.",
         "auto",
-        refused=dict.fromkeys(("int8", "int4"), f'{_LATER}; use "auto", "fp32" or "bf16"'),
+        refused={"int4": f'{_LATER}; use "auto", "fp32", "bf16" or "int8"'},
     )
     context_length: int | None = _key("Longest sequence, tokens; auto is the model's own.", None, low=2)
     speculation: SpeculationConfig = SpeculationConfig()

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,19 +12,23 @@ from typing import TypeVar
 import psutil
 import torch
 
+from paceline.kernels.cpu.library import Pool
+from paceline.kernels.formats import LANES
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
 from paceline.server.decoding.policy import FixedPolicy
+from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
 from paceline.server.engine.kv_arena import KvArena, MemberShape, bytes_per_token
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
-from paceline.server.engine.runner import TorchRunner
+from paceline.server.engine.runner import Runner, TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
-from paceline.server.models.loader import LoadedModel, ModelLoader
+from paceline.server.models.llama import Decoder
+from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
 from paceline.server.models.manifest import check_tokenizer
 from paceline.server.models.sources import resolve
 from paceline.server.models.tokenizer import load_tokenizer
@@ -66,20 +70,24 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
     device = torch.device(config.engine.device)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    loader = ModelLoader(device)
+    pool = Pool(config.engine.threads or 1) if kernels_wanted(config.engine.device) else None
+    if pool is not None:  # one thread pool at work at a time: torch's own would spin beside the kernels'
+        torch.set_num_threads(1)
+        if config.engine.block_size % LANES:
+            raise ConfigError(
+                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {config.engine.block_size}"
+            )
+    loader = ModelLoader(device, pool)
     parts = [_load(spec, loader) for spec in config.models]
     members = {m.key: m for p in parts for m in p.members}
-    shapes = {key: MemberShape(key, m.config, m.dtype) for key, m in members.items()}
+    shapes = {key: MemberShape(key, m.config, m.kv_dtype) for key, m in members.items()}
     arena = KvArena(
         list(shapes.values()),
         block_size=config.engine.block_size,
         total_bytes=_kv_bytes(config.engine, list(shapes.values()), device),
         device=device,
     )
-    runners = {
-        key: TorchRunner(m.decoder, arena.layout(shapes[key]), arena.views(shapes[key]))
-        for key, m in members.items()
-    }
+    runners = {key: _runner(m, shapes[key], arena, pool) for key, m in members.items()}
     served = {p.spec.name: _serve(p, runners, config.engine) for p in parts}
     blocks = KvBlocks(arena.num_blocks, prefix_caching=config.engine.prefix_caching)
     scheduler = Scheduler(
@@ -90,6 +98,14 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
     )
     engine = Engine(served, blocks, scheduler, observer, seed=int.from_bytes(os.urandom(7), "big"))
     return BuiltEngine(engine, {name: model.info for name, model in served.items()})
+
+
+def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
+    layout = arena.layout(shape)
+    if isinstance(member.weights, Decoder):
+        return TorchRunner(member.weights, layout, arena.views(shape))
+    assert pool is not None
+    return CpuRunner(member.weights, pool, layout, arena.buffer, member.kv_dtype)
 
 
 def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
@@ -108,7 +124,7 @@ def _load_draft(spec: ModelSpec, tokenizer: Tokenizer, loader: ModelLoader) -> L
     return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights))
 
 
-def _serve(parts: _Parts, runners: dict[str, TorchRunner], engine: EngineConfig) -> ServedModel:
+def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft

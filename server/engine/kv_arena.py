@@ -30,6 +30,9 @@ class MemberShape:
 class KvArena:
     """Allocates the buffer for a set of members and hands out layouts and views.
 
+    Attributes:
+        buffer: uint8 [num_blocks, block_bytes]; a member that has a layout of its own inside blocks uses this.
+
     Args:
         members: everything that will store K and V here.
         block_size: tokens per block of the widest member; the others get the largest multiple that fits.
@@ -43,7 +46,7 @@ class KvArena:
         self.block_bytes = block_size * widest
         self.num_blocks = max(1, total_bytes // self.block_bytes)
         self._block_size = block_size
-        self._buffer = torch.zeros(self.num_blocks, self.block_bytes, dtype=torch.uint8, device=device)
+        self.buffer = torch.zeros(self.num_blocks, self.block_bytes, dtype=torch.uint8, device=device)
 
     def layout(self, member: MemberShape) -> MemberLayout:
         """How many tokens of this member fit into a block: a multiple of ``block_size``."""
@@ -54,7 +57,7 @@ class KvArena:
         """Per layer K and V, each [num_blocks, block_tokens, kv_heads, head_dim], writable."""
         shape = (self.layout(member).block_tokens, member.config.num_kv_heads, member.config.head_dim)
         size = shape[0] * shape[1] * shape[2]
-        typed = self._buffer.view(member.dtype)
+        typed = self.buffer.view(member.dtype)
         parts = [
             typed[:, i * size : (i + 1) * size].view(self.num_blocks, *shape)
             for i in range(2 * member.config.num_layers)

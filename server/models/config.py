@@ -45,6 +45,25 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
 
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a checkpoint tensor by its Hugging Face name."""
+        part, kind = name.split(".")[-2:]
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        outputs = {
+            "q_proj": (q, self.hidden_size),
+            "k_proj": (kv, self.hidden_size),
+            "v_proj": (kv, self.hidden_size),
+            "o_proj": (self.hidden_size, q),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+            "embed_tokens": (self.vocab_size, self.hidden_size),
+            "lm_head": (self.vocab_size, self.hidden_size),
+        }
+        if part in outputs:
+            return outputs[part] if kind == "weight" else outputs[part][:1]
+        return (self.head_dim,) if part in ("q_norm", "k_norm") else (self.hidden_size,)
+
 
 def unsupported(what: str) -> UnsupportedModelError:
     """The one refusal sentence for models that the native engine does not run."""

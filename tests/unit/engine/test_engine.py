@@ -13,6 +13,8 @@ from paceline.server.engine.engine import Engine
 from paceline.server.engine.request import SpeculationParams
 from paceline.server.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
     rng = random.Random(seed)
@@ -106,7 +108,7 @@ def test_prefix_cache_shares_blocks_between_choices_and_requests(tiny_checkpoint
     engine = tiny_engine(spec(tiny_checkpoint("llama")), observer=recorder)
     prompt = prompts(1, seed=9, longest=60)[0] * 3
     [first] = run(engine, request(prompt, n=3, temperature=1.0))
-    whole_blocks = (len(prompt) - 1) // 8 * 8
+    whole_blocks = (len(prompt) - 1) // 16 * 16
     assert [c[-1].cached_tokens for c in first] == [0, whole_blocks, whole_blocks]
     [[second]] = run(engine, request(prompt))
     assert second[-1].cached_tokens == whole_blocks
@@ -122,7 +124,7 @@ def test_preemption_recomputes_and_changes_nothing(draft, tiny_checkpoint, draft
     expected = tokens(tiny_engine(spec(target)), *(request(**a) for a in asked))
     recorder = Recorder()
     tight = tiny_engine(
-        spec(target, draft=drafts.get(draft)), observer=recorder, kv_cache_gib=(26 * 8 * 512) / 2**30
+        spec(target, draft=drafts.get(draft)), observer=recorder, kv_cache_gib=(14 * 16 * 512) / 2**30
     )
     assert tokens(tight, *(request(**a) for a in asked)) == expected
     assert sum(s.preemptions for s in recorder.steps) > 0
@@ -294,6 +296,6 @@ def test_what_can_never_run_is_refused_at_the_door(bad, error, tiny_checkpoint):
 
 
 def test_a_request_larger_than_the_kv_pool_is_refused(tiny_checkpoint):
-    engine = tiny_engine(spec(tiny_checkpoint("llama")), kv_cache_gib=(4 * 8 * 512) / 2**30)
+    engine = tiny_engine(spec(tiny_checkpoint("llama")), kv_cache_gib=(2 * 16 * 512) / 2**30)
     with pytest.raises(InvalidRequestError, match="kv_cache_gib"):
         engine.check(request([5] * 10, max_tokens=40))

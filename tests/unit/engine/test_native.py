@@ -12,12 +12,14 @@ from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.request import Request, TokenEvent
 from paceline.server.errors import EngineError, ModelNotFoundError, QueueFullError, UnavailableError
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 LONG = {"max_tokens": 400, "ignore_eos": True}
 
 
 @pytest.fixture
 def build(tiny_checkpoint) -> Callable[[], BuiltEngine]:
-    settings = EngineConfig(device="cpu", threads=1, kv_cache_gib=4 / 1024, block_size=8, max_running=4)
+    settings = EngineConfig(device="cpu", threads=1, kv_cache_gib=4 / 1024, block_size=16, max_running=4)
     config = PacelineConfig(engine=settings, models=(spec(tiny_checkpoint("llama"), draft="ngram"),))
     return lambda: build_native(config, Recorder())
 

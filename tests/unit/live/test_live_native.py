@@ -37,7 +37,7 @@ def live(tiny_checkpoint: Callable[..., Any]) -> Iterator[Live]:
     config = PacelineConfig(
         server=ServerConfig(max_queued_requests=1000),
         engine=EngineConfig(
-            device="cpu", threads=1, kv_cache_gib=4 / 1024, block_size=8, max_batch_tokens=64
+            device="cpu", threads=1, kv_cache_gib=4 / 1024, block_size=16, max_batch_tokens=64
         ),
         models=(
             spec(tiny_checkpoint("llama"), "drafted", draft=draft),

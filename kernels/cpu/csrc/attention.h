@@ -1,0 +1,128 @@
+// Paged attention. K and V are read back from the cache for every row, prefill included; reductions run over fixed
+// tiles of 16 absolute positions in ascending order, so a row's result is the same in any batch and any chunking.
+#pragma once
+#include "kernel_table.h"
+#include "simd.h"
+
+namespace PL_ISA_NS {
+
+static constexpr int kQueryRows = 4;
+
+PL_INLINE const uint8_t *block_of(const KvLayer &kv, const int32_t *table, int position) {
+    return kv.blocks + table[position / kv.block_tokens] * kv.block_bytes;
+}
+
+static void store_kv(const KvLayer &kv, const int32_t *table, int position, int kv_head, const float *k, const float *v) {
+    uint8_t *block = const_cast<uint8_t *>(block_of(kv, table, position));
+    const int at = position % kv.block_tokens, dim = kv.head_dim;
+    const int64_t head = (int64_t)kv_head * kv.block_tokens * dim;
+    const int64_t k_at = head + (int64_t)(at / PL_LANES) * dim * PL_LANES + at % PL_LANES, v_at = head + (int64_t)at * dim;
+    if (kv.kv_format == PL_FP32) {
+        float *ks = (float *)(block + kv.k_offset) + k_at, *vs = (float *)(block + kv.v_offset) + v_at;
+        for (int d = 0; d < dim; d++) ks[(int64_t)d * PL_LANES] = k[d];
+        for (int d = 0; d < dim; d++) vs[d] = v[d];
+        return;
+    }
+    uint16_t *ks = (uint16_t *)(block + kv.k_offset) + k_at, *vs = (uint16_t *)(block + kv.v_offset) + v_at;
+    for (int d = 0; d < dim; d += 16) {
+        float lanes[16] = {};
+        uint16_t half[16];
+        const int width = dim - d < 16 ? dim - d : 16;
+        std::memcpy(lanes, k + d, width * sizeof(float));
+        store_bf16(half, load(lanes));
+        for (int i = 0; i < width; i++) ks[(int64_t)(d + i) * PL_LANES] = half[i];
+        std::memcpy(lanes, v + d, width * sizeof(float));
+        store_bf16(half, load(lanes));
+        std::memcpy(vs + d, half, width * sizeof(uint16_t));
+    }
+}
+
+PL_INLINE F load_kv(const float *p) { return load(p); }
+PL_INLINE F load_kv(const uint16_t *p) { return load_bf16(p); }
+
+// scores[r][position] for one tile of 16 positions, masked to what row r sees.
+template <typename T, int R>
+PL_INLINE void score_tile(const KvLayer &kv, const Queries &in, int tile, float *const (&scores)[R]) {
+    const int position = tile * PL_LANES, dim = kv.head_dim;
+    const T *k = (const T *)(block_of(kv, in.table, position) + kv.k_offset) + (int64_t)in.kv_head * kv.block_tokens * dim +
+                 (int64_t)(position % kv.block_tokens) * dim;
+    F sum[R];
+    for (int r = 0; r < R; r++) sum[r] = set1(0.0f);
+    for (int d = 0; d < dim; d++) {
+        F keys = load_kv(k + (int64_t)d * PL_LANES);
+        for (int r = 0; r < R; r++) sum[r] = fma(keys, set1(in.q[r * in.q_stride + d]), sum[r]);
+    }
+    for (int r = 0; r < R; r++) {
+        store(scores[r] + position, mul(sum[r], set1(in.scale)));
+        const int last = in.start + r, first = in.window ? last - in.window + 1 : 0;
+        if (position + PL_LANES - 1 > last || position < first)
+            for (int i = 0; i < PL_LANES; i++)
+                if (position + i > last || position + i < first) scores[r][position + i] = -INFINITY;
+    }
+}
+
+// out[r][d .. d + 16 * W) = sum over positions of probability * V.
+template <typename T, int R, int W>
+PL_INLINE void weigh_values(const KvLayer &kv, const Queries &in, int first, int end, float *const (&probs)[R], int d) {
+    const int dim = kv.head_dim;
+    const int64_t head = (int64_t)in.kv_head * kv.block_tokens * dim;
+    F sum[R][W];
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) sum[r][w] = set1(0.0f);
+    for (int p = first; p < end;) {
+        const T *v = (const T *)(block_of(kv, in.table, p) + kv.v_offset) + head + (int64_t)(p % kv.block_tokens) * dim + d;
+        const int stop = p + kv.block_tokens - p % kv.block_tokens < end ? p + kv.block_tokens - p % kv.block_tokens : end;
+        for (; p < stop; p++, v += dim) {
+            F values[W];
+            for (int w = 0; w < W; w++) values[w] = load_kv(v + 16 * w);
+            for (int r = 0; r < R; r++) {
+                F weight = set1(probs[r][p]);
+                for (int w = 0; w < W; w++) sum[r][w] = fma(values[w], weight, sum[r][w]);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int w = 0; w < W; w++) store(in.out + r * in.out_stride + d + 16 * w, sum[r][w]);
+}
+
+template <typename T, int R>
+static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
+    const int last = in.start + R - 1, tiles = last / PL_LANES + 1;
+    const int lowest = in.window && in.start - in.window + 1 > 0 ? in.start - in.window + 1 : 0;
+    const int first_tile = lowest / PL_LANES;
+    float *scores[R];
+    for (int r = 0; r < R; r++) scores[r] = scratch + (int64_t)r * tiles * PL_LANES;
+    for (int t = first_tile; t < tiles; t++) score_tile<T, R>(kv, in, t, scores);
+    for (int r = 0; r < R; r++) {
+        F peak = set1(-INFINITY), total = set1(0.0f);
+        for (int t = first_tile; t < tiles; t++) peak = max(peak, load(scores[r] + t * PL_LANES));
+        const F top = set1(reduce_max(peak));
+        for (int t = first_tile; t < tiles; t++) {
+            F weight = exp(sub(load(scores[r] + t * PL_LANES), top));
+            store(scores[r] + t * PL_LANES, weight);
+            total = add(total, weight);
+        }
+        const F inverse = set1(1.0f / reduce_add(total));
+        for (int t = first_tile; t < tiles; t++)
+            store(scores[r] + t * PL_LANES, mul(load(scores[r] + t * PL_LANES), inverse));
+    }
+    // Positions after a row's own have weight zero; adding zeros changes nothing, so rows may share the loop.
+    int d = 0;
+    for (; d + 64 <= kv.head_dim; d += 64) weigh_values<T, R, 4>(kv, in, first_tile * PL_LANES, last + 1, scores, d);
+    for (; d < kv.head_dim; d += 16) weigh_values<T, R, 1>(kv, in, first_tile * PL_LANES, last + 1, scores, d);
+}
+
+template <typename T>
+PL_INLINE void attend_any(const KvLayer &kv, const Queries &in, float *scratch) {
+    if (in.rows == 4) attend_rows<T, 4>(kv, in, scratch);
+    else if (in.rows == 3) attend_rows<T, 3>(kv, in, scratch);
+    else if (in.rows == 2) attend_rows<T, 2>(kv, in, scratch);
+    else attend_rows<T, 1>(kv, in, scratch);
+}
+
+static void attend(const KvLayer &kv, const Queries &in, float *scratch) {
+    if (kv.kv_format == PL_FP32) attend_any<float>(kv, in, scratch);
+    else attend_any<uint16_t>(kv, in, scratch);
+}
+
+}  // namespace PL_ISA_NS

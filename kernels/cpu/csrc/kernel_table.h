@@ -1,0 +1,64 @@
+// What the executor calls, one table of functions per ISA. Plain structs only: this header is shared by translation
+// units compiled for different ISAs.
+#pragma once
+#include "paceline_cpu.h"
+
+// Rows as a linear layer reads them. int8: values in [-127, 127], one scale and one correction (-128 * sum of the
+// group's values, which cancels the weights' offset of 128) per group. Otherwise fp32, padded to in_padded.
+struct Input {
+    const float *fp32;
+    const int8_t *int8;
+    const float *scales;
+    const int32_t *corrections;
+};
+
+struct Output {
+    enum Mode { kStore, kAdd, kGated } mode;
+    float *data;
+    int64_t stride;  // elements from row to row
+};
+
+// Where one row's prepared input goes; the same layouts as Input.
+struct InputRow {
+    float *fp32;
+    int8_t *int8;
+    float *scales;
+    int32_t *corrections;
+};
+
+// One layer's K and V of one member, and how a block is laid out.
+struct KvLayer {
+    uint8_t *blocks;
+    int64_t block_bytes, k_offset, v_offset;
+    int32_t kv_format, block_tokens, kv_heads, head_dim;
+};
+
+// Consecutive query rows of one sequence and one head.
+struct Queries {
+    const float *q;  // row r at q + r * q_stride
+    float *out;      // row r at out + r * out_stride
+    int64_t q_stride, out_stride;
+    int32_t rows, start;  // start: position of the first row
+    int32_t kv_head, window;
+    const int32_t *table;
+    float scale;
+};
+
+struct KernelTable {
+    void (*linear_tiles)(const pl_linear &, const Input &, const Output &, int rows, int begin, int end);
+    // Norm (weight NULL: none), then into the form that `next` reads.
+    void (*prepare_row)(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &);
+    void (*norm)(float *x, const float *weight, float eps, int n);
+    void (*rotate)(float *head, const float *cos, const float *sin, int head_dim);
+    void (*store_kv)(const KvLayer &, const int32_t *table, int position, int kv_head, const float *k, const float *v);
+    void (*attend)(const KvLayer &, const Queries &, float *scratch);
+    int32_t (*argmax)(const float *x, int64_t n);
+    void (*read)(const uint8_t *memory, int64_t bytes);
+    int32_t max_query_rows;  // per attend call; scratch: that many rows of (context + PL_LANES) floats
+};
+
+extern const KernelTable kPortableKernels;
+#ifdef PL_HAVE_X86
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif

@@ -1,0 +1,96 @@
+// The plain C interface of Paceline's CPU kernels. Loaded with ctypes; knows nothing of Python, torch or requests.
+//
+// A model is a tree of structs that point into memory owned by the caller, which keeps it alive. One call of
+// pl_forward runs one ragged batch: prefill chunks, decodes and verify blocks alike. Units: counts are elements,
+// rows are tokens, offsets say what they are offsets of.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PL_ABI_VERSION 1
+#define PL_LANES 16  // output rows per weight tile, positions per K tile
+#define PL_GROUP 64  // inputs that share one activation scale (int8)
+
+enum { PL_FP32 = 0, PL_BF16 = 1, PL_INT8 = 2 };
+enum { PL_ISA_PORTABLE = 0, PL_ISA_AVX2 = 1, PL_ISA_AVX512 = 2 };
+
+// y = x W^T + bias. `data` holds tiles of PL_LANES output rows, one after another, rows padded with zeros:
+//   fp32 [tile][in][lane]; bf16 [tile][in/2][lane][2]; int8 [tile][in/4][lane][4], weight + 128 as uint8,
+// with `in` padded to `in_padded` (a multiple of 4 for fp32 and bf16, of PL_GROUP for int8).
+typedef struct {
+    int32_t format, out, in, in_padded;
+    const void *data;
+    const float *scale;  // int8: [tiles * PL_LANES], one per output row
+    const float *bias;   // [tiles * PL_LANES] or NULL
+} pl_linear;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm;  // [hidden]
+    const float *q_norm, *k_norm;            // [head_dim] or NULL
+    pl_linear qkv;                           // q heads, k heads, v heads
+    pl_linear output;
+    pl_linear gate_up;  // tiles alternate: gate, up
+    pl_linear down;
+    int32_t window;  // positions seen, own included; 0 = all
+} pl_layer;
+
+typedef struct {
+    int32_t num_layers, hidden, ffn, heads, kv_heads, head_dim, vocab;
+    int32_t embedding_format;  // fp32 or bf16
+    int32_t kv_format;         // fp32 or bf16
+    int32_t block_tokens;      // a multiple of PL_LANES
+    float eps, rope_scale;
+    const float *inv_freq;     // [head_dim / 2]
+    const void *embedding;     // [vocab][hidden]
+    const float *final_norm;   // [hidden]
+    const pl_layer *layers;
+    pl_linear head;
+    uint8_t *kv;               // blocks of block_bytes; in a block, per layer: K then V,
+    int64_t block_bytes;       // K [kv_head][block_tokens / 16][head_dim][16], V [kv_head][block_tokens][head_dim]
+} pl_model;
+
+typedef struct {
+    int32_t rows, sequences, wanted;
+    const int32_t *tokens;      // [rows]
+    const int32_t *first_row;   // [sequences]
+    const int32_t *count;       // [sequences]
+    const int32_t *start;       // [sequences] position of the first row
+    const int32_t *table_start; // [sequences] where the sequence's blocks begin in `tables`
+    const int32_t *tables;      // block numbers
+    const int32_t *wanted_rows; // [wanted]
+    float *logits;              // [wanted][vocab]
+} pl_batch;
+
+typedef struct pl_pool pl_pool;
+
+#define PL_API __attribute__((visibility("default")))
+
+PL_API int32_t pl_abi_version(void);
+PL_API int32_t pl_best_isa(void);                      // of this CPU, among those compiled in
+PL_API pl_pool *pl_pool_create(int32_t threads);       // threads - 1 workers; the caller is one more
+PL_API void pl_pool_destroy(pl_pool *pool);
+
+// Runs one batch. Returns 0, or -1 if memory for the activations could not be had, -2 for an ISA that is not here.
+PL_API int32_t pl_forward(const pl_model *model, const pl_batch *batch, pl_pool *pool, int32_t isa);
+
+// One linear on its own, for tests and benches: x fp32 [rows][in] -> y fp32 [rows][out].
+PL_API int32_t pl_linear_forward(const pl_linear *linear, const float *x, int32_t rows, float *y, pl_pool *pool, int32_t isa);
+
+// Packing, once at load: w fp32 [out][in] -> data (sized by pl_packed_bytes); for int8 also scale.
+// Rows of gate and up come interleaved tile by tile from the caller.
+PL_API int64_t pl_packed_bytes(int32_t format, int32_t out, int32_t in);
+PL_API int32_t pl_pack(int32_t format, const float *w, int32_t out, int32_t in, void *data, float *scale, pl_pool *pool);
+
+// Index of the greatest value of each row, the lowest among equals: x [rows][columns].
+PL_API void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl_pool *pool, int32_t isa);
+
+// Reads memory once with all threads (whole MiB): timing it gives the bandwidth ceiling of benches.
+PL_API void pl_read(const void *memory, int64_t bytes, pl_pool *pool, int32_t isa);
+
+#ifdef __cplusplus
+}
+#endif

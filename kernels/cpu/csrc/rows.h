@@ -1,0 +1,75 @@
+// What happens to single rows between the linear layers: norm, activation quantization, rotation.
+#pragma once
+#include "kernel_table.h"
+#include "simd.h"
+
+namespace PL_ISA_NS {
+
+PL_INLINE float rms_scale(const float *x, float eps, int n) {
+    F sum = set1(0.0f);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) sum = fma(load(x + i), load(x + i), sum);
+    float total = reduce_add(sum);
+    for (; i < n; i++) total += x[i] * x[i];
+    return 1.0f / std::sqrt(total / (float)n + eps);
+}
+
+static void norm(float *x, const float *weight, float eps, int n) {
+    float scale = rms_scale(x, eps, n);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) store(x + i, mul(mul(load(x + i), set1(scale)), load(weight + i)));
+    for (; i < n; i++) x[i] = x[i] * scale * weight[i];
+}
+
+// 64 values -> int8 with one scale; also -128 times their sum.
+static void quantize_group(const float *x, int8_t *q, float *scale, int32_t *correction) {
+    F peak = set1(0.0f);
+    for (int i = 0; i < PL_GROUP; i += 16) peak = max(peak, abs(load(x + i)));
+    float top = reduce_max(peak), inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    for (int i = 0; i < PL_GROUP; i += 16) store_int8(q + i, round_int(mul(load(x + i), set1(inverse))));
+    int32_t sum = 0;
+    for (int i = 0; i < PL_GROUP; i++) sum += q[i];
+    *scale = top / 127.0f;
+    *correction = -128 * sum;
+}
+
+static void prepare_row(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &out) {
+    const int n = next.in, padded = next.in_padded;
+    const float scale = weight ? rms_scale(x, eps, n) : 1.0f;
+    if (next.format != PL_INT8) {
+        for (int i = 0; i < n; i++) out.fp32[i] = weight ? x[i] * scale * weight[i] : x[i];
+        for (int i = n; i < padded; i++) out.fp32[i] = 0.0f;
+        return;
+    }
+    for (int g = 0; g < padded / PL_GROUP; g++) {
+        float group[PL_GROUP];
+        for (int i = 0; i < PL_GROUP; i++) {
+            int at = g * PL_GROUP + i;
+            group[i] = at >= n ? 0.0f : weight ? x[at] * scale * weight[at] : x[at];
+        }
+        quantize_group(group, out.int8 + g * PL_GROUP, out.scales + g, out.corrections + g);
+    }
+}
+
+// Rotate-half: cos, sin [head_dim / 2].
+static void rotate(float *head, const float *cos, const float *sin, int head_dim) {
+    const int half = head_dim / 2;
+    for (int i = 0; i < half; i++) {
+        float a = head[i], b = head[half + i];
+        head[i] = a * cos[i] - b * sin[i];
+        head[half + i] = b * cos[i] + a * sin[i];
+    }
+}
+
+static int32_t argmax(const float *x, int64_t n) {
+    F best = set1(-INFINITY);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) best = max(best, load(x + i));
+    float top = reduce_max(best);
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (i = 0; i < n; i++)
+        if (x[i] == top) return (int32_t)i;
+    return 0;
+}
+
+}  // namespace PL_ISA_NS

@@ -1,0 +1,198 @@
+"""The CPU executor: a plan of a whole decoder built once, then one native call per ragged forward.
+
+``DecoderPlan`` describes the decoder with packed layers and shapes; ``Executor`` turns it into C structs that point into
+the plan's tensors (kept alive here) and runs batches. Knows nothing of requests, schedulers or checkpoints.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from paceline.kernels.cpu.library import (
+    F32,
+    I32,
+    I64,
+    PTR,
+    LinearStruct,
+    Pool,
+    check,
+    library,
+    linear_struct,
+    pointer,
+)
+from paceline.kernels.formats import LANES, PackedLinear
+
+KV_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One block. Norm weights are fp32; ``gate_up`` has its rows interleaved (``formats.interleave_rows``)."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    qkv: PackedLinear
+    output: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """A decoder of the Llama family. ``embedding``: fp32 or bf16 [vocab, hidden]; ``inv_freq``: fp32 [head_dim / 2]."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    eps: float
+    rope_scale: float
+    inv_freq: Tensor
+    embedding: Tensor
+    final_norm: Tensor
+    head: PackedLinear
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def linears(self) -> list[PackedLinear]:
+        """Every layer's linears, then the head."""
+        return [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [
+            self.head
+        ]
+
+    @property
+    def bytes_per_forward(self) -> int:
+        """Weight bytes that a forward with logits reads."""
+        return sum(linear.num_bytes for linear in self.linears)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, PTR) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, LinearStruct) for name in ("qkv", "output", "gate_up", "down")),
+        ("window", I32),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, I32) for name in ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")),
+        *((name, I32) for name in ("embedding_format", "kv_format", "block_tokens")),
+        *((name, F32) for name in ("eps", "rope_scale")),
+        *((name, PTR) for name in ("inv_freq", "embedding", "final_norm", "layers")),
+        ("head", LinearStruct),
+        ("kv", PTR),
+        ("block_bytes", I64),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, I32) for name in ("rows", "sequences", "wanted")),
+        *((name, PTR) for name in ("tokens", "first_row", "count", "start", "table_start", "tables")),
+        *((name, PTR) for name in ("wanted_rows", "logits")),
+    )
+
+
+class Executor:
+    """Runs a plan over KV blocks.
+
+    Args:
+        plan: the decoder.
+        pool: threads and instruction set.
+        kv: uint8 [blocks, block_bytes]; in a block, per layer, K then V in ``kv_dtype`` (layout: paceline_cpu.h).
+        block_tokens: tokens per block, a multiple of 16.
+    """
+
+    def __init__(
+        self, plan: DecoderPlan, pool: Pool, kv: Tensor, *, kv_dtype: torch.dtype, block_tokens: int
+    ) -> None:
+        if block_tokens % LANES:
+            raise ValueError(f"block_tokens is {block_tokens}; the CPU kernels need a multiple of {LANES}")
+        size = 2 * len(plan.layers) * block_tokens * plan.kv_heads * plan.head_dim * kv_dtype.itemsize
+        assert size <= kv.shape[1], f"a block of {kv.shape[1]} bytes holds less than {size}"
+        self._plan, self._pool, self._kv = plan, pool, kv
+        self._library = library()
+        self._layers = (_Layer * len(plan.layers))(*(_layer(layer) for layer in plan.layers))
+        self._model = _Model(
+            len(plan.layers),
+            plan.hidden,
+            plan.ffn,
+            plan.heads,
+            plan.kv_heads,
+            plan.head_dim,
+            plan.vocab,
+            KV_CODES[plan.embedding.dtype],
+            KV_CODES[kv_dtype],
+            block_tokens,
+            plan.eps,
+            plan.rope_scale,
+            plan.inv_freq.data_ptr(),
+            plan.embedding.data_ptr(),
+            plan.final_norm.data_ptr(),
+            ctypes.addressof(self._layers),
+            linear_struct(plan.head),
+            kv.data_ptr(),
+            kv.shape[1],
+        )
+
+    def forward(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[tuple[int, int, int, Sequence[int]]],
+        wanted: Sequence[int],
+    ) -> Tensor:
+        """Write the batch's K and V and compute logits.
+
+        Args:
+            tokens: ids, sequence after sequence; each below ``vocab``.
+            spans: per sequence (first row, rows, position of the first row, block numbers).
+            wanted: rows to put through the head.
+
+        Returns:
+            fp32 [len(wanted), vocab].
+        """
+        firsts, counts, starts, tables = zip(*spans, strict=True)
+        flat = [block for table in tables for block in table]
+        offsets, at = [], 0
+        for table in tables:
+            offsets.append(at)
+            at += len(table)
+        logits = torch.empty(len(wanted), self._plan.vocab)
+        arrays = [
+            (I32 * len(part))(*part) for part in (tokens, firsts, counts, starts, offsets, flat, wanted)
+        ]
+        batch = _Batch(
+            len(tokens),
+            len(spans),
+            len(wanted),
+            *(ctypes.addressof(array) for array in arrays),
+            logits.data_ptr(),
+        )
+        status = self._library.pl_forward(
+            ctypes.addressof(self._model), ctypes.addressof(batch), self._pool.handle, self._pool.isa_code
+        )
+        check(status)
+        return logits
+
+
+def _layer(layer: LayerPlan) -> _Layer:
+    return _Layer(
+        layer.attention_norm.data_ptr(),
+        layer.mlp_norm.data_ptr(),
+        pointer(layer.q_norm),
+        pointer(layer.k_norm),
+        linear_struct(layer.qkv),
+        linear_struct(layer.output),
+        linear_struct(layer.gate_up),
+        linear_struct(layer.down),
+        layer.window or 0,
+    )

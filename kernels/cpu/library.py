@@ -1,0 +1,181 @@
+"""The compiled CPU kernels through their plain C interface, and whether they are there.
+
+The shared library is an extension module without Python in it: found next to this file, loaded with ctypes, which
+releases the GIL during calls. Structs mirror ``csrc/paceline_cpu.h``; the ABI version is checked.
+"""
+
+import ctypes
+import importlib.machinery
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
+
+_log = logging.getLogger(__name__)
+ABI_VERSION = 1
+Isa = Literal["portable", "avx2", "avx512"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
+FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
+I32, I64, F32, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class LinearStruct(ctypes.Structure):
+    """pl_linear."""
+
+    _fields_ = (
+        *((name, I32) for name in ("format", "out", "in_", "in_padded")),
+        *((name, PTR) for name in ("data", "scale", "bias")),
+    )
+
+
+class KernelsMissing(RuntimeError):  # noqa: N818 - reads as the fact it states
+    """The native library was not built or does not fit; the message says why and what to do."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        KernelsMissing: not built (no compiler at install time), or built for another version.
+    """
+    path = _find()
+    if path is None:
+        raise KernelsMissing(
+            "the native CPU kernels were not built when paceline was installed (is there a C++20 compiler?); "
+            "install one and run pip install again"
+        )
+    lib = ctypes.CDLL(str(path))
+    lib.pl_abi_version.restype = I32
+    if lib.pl_abi_version() != ABI_VERSION:
+        raise KernelsMissing(
+            f"{path} has ABI {lib.pl_abi_version()}, this version needs {ABI_VERSION}: reinstall"
+        )
+    lib.pl_packed_bytes.restype = I64
+    lib.pl_packed_bytes.argtypes = [I32, I32, I32]
+    lib.pl_pool_create.restype = PTR
+    lib.pl_pool_create.argtypes = [I32]
+    lib.pl_pool_destroy.argtypes = [PTR]
+    lib.pl_pack.argtypes = [I32, PTR, I32, I32, PTR, PTR, PTR]
+    lib.pl_linear_forward.argtypes = [PTR, PTR, I32, PTR, PTR, I32]
+    lib.pl_forward.argtypes = [PTR, PTR, PTR, I32]
+    lib.pl_argmax.argtypes = [PTR, I32, I64, PTR, PTR, I32]
+    lib.pl_read.argtypes = [PTR, I64, PTR, I32]
+    return lib
+
+
+def _find() -> Path | None:
+    here = Path(__file__).parent
+    names = [here / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return next((path for path in names if path.exists()), None)
+
+
+def available() -> bool:
+    """Whether the kernels can be used."""
+    try:
+        library()
+    except (KernelsMissing, OSError) as error:
+        _log.debug("CPU kernels: %s", error)
+        return False
+    return True
+
+
+def best_isa() -> Isa:
+    """The widest instruction set of this CPU; ``PACELINE_ISA`` forces a narrower one."""
+    best = library().pl_best_isa()
+    forced = os.environ.get("PACELINE_ISA")
+    if forced is None:
+        return ISAS[best]
+    if forced not in ISAS or ISAS.index(forced) > best:
+        raise KernelsMissing(f"PACELINE_ISA={forced}: this CPU has {', '.join(ISAS[: best + 1])}")
+    return ISAS[ISAS.index(forced)]
+
+
+class Pool:
+    """The kernels' own threads; the calling thread is one of them.
+
+    Args:
+        threads: in all.
+        isa: instruction set of every call made with this pool.
+    """
+
+    def __init__(self, threads: int, isa: Isa | None = None) -> None:
+        self.threads = threads
+        self.isa: Isa = isa or best_isa()
+        self.isa_code = ISAS.index(self.isa)
+        self._library = library()
+        self.handle = self._library.pl_pool_create(threads)
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._library.pl_pool_destroy(self.handle)
+
+    def pack(self, weight: Tensor, format: Format, bias: Tensor | None = None) -> PackedLinear:
+        """Pack a weight [out, in] of any float type."""
+        weight = weight.float().contiguous()
+        out, width = weight.shape
+        code = FORMAT_CODES[format]
+        data = torch.empty(self._library.pl_packed_bytes(code, out, width), dtype=torch.uint8)
+        scale = torch.empty(padded(out, LANES)) if format == "int8" else None
+        self._library.pl_pack(
+            code, weight.data_ptr(), out, width, data.data_ptr(), pointer(scale), self.handle
+        )
+        return PackedLinear(format, out, width, data, scale, None if bias is None else pad_rows(bias.float()))
+
+    def linear(self, x: Tensor, layer: PackedLinear) -> Tensor:
+        """y = x W^T + bias: fp32 [rows, in] -> [rows, out]; int8 quantizes x in groups of 64."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), layer.out_features)
+        struct = linear_struct(layer)
+        status = self._library.pl_linear_forward(
+            ctypes.addressof(struct), x.data_ptr(), len(x), y.data_ptr(), self.handle, self.isa_code
+        )
+        check(status)
+        return y
+
+    def argmax(self, x: Tensor) -> Tensor:
+        """Index of each row's greatest value, the lowest among equals: fp32 [rows, n] -> int32 [rows]."""
+        assert x.is_contiguous()
+        assert x.dtype is torch.float32
+        index = torch.empty(len(x), dtype=torch.int32)
+        self._library.pl_argmax(
+            x.data_ptr(), len(x), x.shape[1], index.data_ptr(), self.handle, self.isa_code
+        )
+        return index
+
+    def read(self, memory: Tensor) -> None:
+        """Read a tensor's memory once, for measuring bandwidth."""
+        size = memory.numel() * memory.element_size()
+        self._library.pl_read(memory.data_ptr(), size, self.handle, self.isa_code)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's first element; None stays None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def linear_struct(layer: PackedLinear) -> LinearStruct:
+    """The layer as C sees it; points into the layer's tensors."""
+    assert layer.format != "int8" or layer.in_padded % GROUP == 0
+    return LinearStruct(
+        FORMAT_CODES[layer.format],
+        layer.out_features,
+        layer.in_features,
+        layer.in_padded,
+        layer.data.data_ptr(),
+        pointer(layer.scale),
+        pointer(layer.bias),
+    )
+
+
+def check(status: Any) -> None:
+    """Raise for a failed native call."""
+    if status == -1:
+        raise MemoryError("no memory for the activations of this batch; lower max_batch_tokens")
+    assert status == 0, f"native call failed with {status}"

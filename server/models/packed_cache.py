@@ -1,0 +1,89 @@
+"""Packed weights on disk, so that a model is quantized once: one safetensors file per checkpoint and format.
+
+Files are named after the checkpoint's hash, the format and the layout's version; whatever is unreadable or of another
+shape is made again. Loading maps the file and copies it into one aligned buffer.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from paceline.kernels.cpu.executor import DecoderPlan, LayerPlan
+from paceline.kernels.formats import PackedLinear
+from paceline.server.models.config import ModelConfig
+from paceline.server.models.sources import cache_dir
+
+_log = logging.getLogger(__name__)
+#: Raised whenever the packed layout or the quantization changes.
+LAYOUT_VERSION = 1
+
+
+class PackedCache:
+    """The cache file of one checkpoint in one format."""
+
+    def __init__(self, weights_sha256: str, format: str) -> None:
+        self.path = cache_dir() / "packed" / f"{weights_sha256}-{format}-v{LAYOUT_VERSION}.safetensors"
+
+    def save(self, plan: DecoderPlan) -> None:
+        """Write atomically; a full disk costs the cache, not the start."""
+        tensors, meta = _flatten(plan)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                part = Path(folder) / "part"
+                save_file(tensors, part, metadata={"plan": json.dumps(meta)})
+                os.replace(part, self.path)
+        except (OSError, SafetensorError) as error:
+            _log.warning("packed weights are not cached: %s", error)
+
+    def load(self, config: ModelConfig) -> DecoderPlan | None:
+        """The cached plan, or None if there is none that can be used."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                meta = json.loads(file.metadata()["plan"])
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            plan = _restore(tensors, meta)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            _log.warning("packed weights in %s cannot be read (%s); packing again", self.path, error)
+            return None
+        return plan if len(plan.layers) == config.num_layers and plan.vocab == config.vocab_size else None
+
+
+def _flatten(plan: DecoderPlan) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under dotted names, everything else as JSON."""
+    tensors: dict[str, Tensor] = {}
+
+    def describe(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value
+            return {"tensor": name}
+        if isinstance(value, PackedLinear | LayerPlan | DecoderPlan):
+            return {f.name: describe(getattr(value, f.name), f"{name}.{f.name}") for f in fields(value)}
+        if isinstance(value, tuple):
+            return [describe(item, f"{name}.{i}") for i, item in enumerate(value)]
+        return value
+
+    return tensors, describe(plan, "plan")
+
+
+def _restore(tensors: dict[str, Tensor], meta: dict[str, Any]) -> DecoderPlan:
+    def value(described: Any) -> Any:
+        if isinstance(described, dict) and "tensor" in described:
+            return tensors[described["tensor"]]
+        if isinstance(described, dict):
+            return PackedLinear(**{k: value(v) for k, v in described.items()})
+        return described
+
+    layers = tuple(LayerPlan(**{k: value(v) for k, v in layer.items()}) for layer in meta["layers"])
+    rest = {k: value(v) for k, v in meta.items() if k != "layers"}
+    return DecoderPlan(layers=layers, **rest)

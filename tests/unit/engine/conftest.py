@@ -1,0 +1,10 @@
+"""``kernels``: a test that uses it runs on both executors, torch modules and the native CPU kernels."""
+
+import pytest
+
+
+@pytest.fixture(params=["torch", "native"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which executor ``build_native`` takes on CPU."""
+    monkeypatch.setenv("PACELINE_KERNELS", request.param)
+    return str(request.param)
