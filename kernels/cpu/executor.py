@@ -1,7 +1,7 @@
 """The CPU executor: a plan of a whole decoder built once, then one native call per ragged forward.
 
-``DecoderPlan`` describes the decoder with packed layers and shapes; ``Executor`` turns it into C structs that point into
-the plan's tensors (kept alive here) and runs batches. Knows nothing of requests, schedulers or checkpoints.
+``DecoderPlan`` describes the decoder with packed layers and shapes; ``Executor`` turns it into C structs that point
+into the plan's tensors (kept alive here) and runs batches. Knows nothing of requests, schedulers or checkpoints.
 """
 
 import ctypes

@@ -88,7 +88,7 @@ def available() -> bool:
 
 def best_isa() -> Isa:
     """The widest instruction set of this CPU; ``PACELINE_ISA`` forces a narrower one."""
-    best = library().pl_best_isa()
+    best = int(library().pl_best_isa())
     forced = os.environ.get("PACELINE_ISA")
     if forced is None:
         return ISAS[best]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.cpu.library import KernelsMissing, Pool, library
+from paceline.kernels.cpu.memory import compact
 from paceline.server.errors import ArtifactError, ConfigError
 from paceline.server.models.checkpoint import Checkpoint, open_checkpoint
 from paceline.server.models.config import ModelConfig, parse_model_config
@@ -104,7 +105,7 @@ class ModelLoader:
             plan = PlanBuilder(config, fetch, pool, weights).build()
             if cache is not None:
                 cache.save(plan)
-        return plan
+        return compact(plan)
 
 
 def kernels_wanted(device: str) -> bool:

@@ -1,12 +1,11 @@
 """Packed weights on disk, so that a model is quantized once: one safetensors file per checkpoint and format.
 
 Files are named after the checkpoint's hash, the format and the layout's version; whatever is unreadable or of another
-shape is made again. Loading maps the file and copies it into one aligned buffer.
+shape is made again. Loading maps the file; the loader copies weights out of it.
 """
 
 import json
 import logging
-import os
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -40,7 +39,7 @@ class PackedCache:
             with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
                 part = Path(folder) / "part"
                 save_file(tensors, part, metadata={"plan": json.dumps(meta)})
-                os.replace(part, self.path)
+                part.replace(self.path)
         except (OSError, SafetensorError) as error:
             _log.warning("packed weights are not cached: %s", error)
 
@@ -51,7 +50,7 @@ class PackedCache:
         try:
             with safe_open(self.path, "pt") as file:
                 meta = json.loads(file.metadata()["plan"])
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             plan = _restore(tensors, meta)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             _log.warning("packed weights in %s cannot be read (%s); packing again", self.path, error)

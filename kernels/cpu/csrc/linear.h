@@ -37,21 +37,10 @@ PL_INLINE void finish_gated(const pl_linear &l, const Output &out, int tile, int
 }
 
 template <int R, int T>
-PL_INLINE void finish_all(const pl_linear &l, const Output &out, int tile, int row, const F (&sum)[R][T]) {
-    for (int t = 0; t < T; t++) {
-        if (out.mode == Output::kGated)
-            for (int r = 0; r + 1 < R; r += 2) finish_gated(l, out, tile + r, row + t, sum[r][t], sum[r + 1][t]);
-        else
-            for (int r = 0; r < R; r++) finish(l, out, tile + r, row + t, sum[r][t]);
-    }
-}
-
-template <int R, int T>
-static void tiles_int8(const pl_linear &l, const Input &x, const Output &out, int tile, int row) {
+PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
     const int groups = l.in_padded / PL_GROUP;
     const int64_t tile_bytes = (int64_t)l.in_padded * PL_LANES;
     const uint8_t *w = (const uint8_t *)l.data + tile * tile_bytes;
-    F sum[R][T];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
     for (int g = 0; g < groups; g++) {
@@ -60,12 +49,16 @@ static void tiles_int8(const pl_linear &l, const Input &x, const Output &out, in
             I start = set1i(x.corrections[(int64_t)(row + t) * groups + g]);
             for (int r = 0; r < R; r++) dot[r][t] = start;
         }
+        // The R streams go on kPrefetchGroups groups ahead; past their tiles' end, in the next R tiles.
+        const int64_t ahead = (int64_t)kPrefetchGroups * PL_GROUP * PL_LANES +
+                              (g + kPrefetchGroups < groups ? 0 : (R - 1) * tile_bytes);
+#pragma GCC unroll 4
         for (int k = 0; k < PL_GROUP; k += 4) {
             const uint8_t *at = w + ((int64_t)g * PL_GROUP + k) * PL_LANES;
             W4 weights[R];
             for (int r = 0; r < R; r++) {
                 weights[r] = load_weights(at + r * tile_bytes);
-                prefetch(at + r * tile_bytes + kPrefetchBytes);
+                prefetch(at + r * tile_bytes + ahead);
             }
             for (int t = 0; t < T; t++) {
                 X4 inputs = load_inputs(x.int8 + (int64_t)(row + t) * l.in_padded + g * PL_GROUP + k);
@@ -77,14 +70,12 @@ static void tiles_int8(const pl_linear &l, const Input &x, const Output &out, in
             for (int r = 0; r < R; r++) sum[r][t] = fma(to_float(dot[r][t]), scale, sum[r][t]);
         }
     }
-    finish_all<R, T>(l, out, tile, row, sum);
 }
 
 template <int R, int T>
-static void tiles_bf16(const pl_linear &l, const Input &x, const Output &out, int tile, int row) {
+PL_INLINE void sums_bf16(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
     const int64_t tile_size = (int64_t)l.in_padded * PL_LANES;
     const uint16_t *w = (const uint16_t *)l.data + tile * tile_size;
-    F sum[R][T];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
     for (int k = 0; k < l.in_padded; k += 2) {
@@ -101,14 +92,12 @@ static void tiles_bf16(const pl_linear &l, const Input &x, const Output &out, in
             for (int r = 0; r < R; r++) sum[r][t] = fma(odd[r], second, fma(even[r], first, sum[r][t]));
         }
     }
-    finish_all<R, T>(l, out, tile, row, sum);
 }
 
 template <int R, int T>
-static void tiles_fp32(const pl_linear &l, const Input &x, const Output &out, int tile, int row) {
+PL_INLINE void sums_fp32(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
     const int64_t tile_size = (int64_t)l.in_padded * PL_LANES;
     const float *w = (const float *)l.data + tile * tile_size;
-    F sum[R][T];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
     for (int k = 0; k < l.in_padded; k++) {
@@ -122,38 +111,56 @@ static void tiles_fp32(const pl_linear &l, const Input &x, const Output &out, in
             for (int r = 0; r < R; r++) sum[r][t] = fma(weights[r], in, sum[r][t]);
         }
     }
-    finish_all<R, T>(l, out, tile, row, sum);
 }
 
 template <int R, int T>
-PL_INLINE void tiles_any(const pl_linear &l, const Input &x, const Output &out, int tile, int row) {
-    if (l.format == PL_INT8) tiles_int8<R, T>(l, x, out, tile, row);
-    else if (l.format == PL_BF16) tiles_bf16<R, T>(l, x, out, tile, row);
-    else tiles_fp32<R, T>(l, x, out, tile, row);
+PL_INLINE void sums_any(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
+    if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, row, sum);
+    else if (l.format == PL_BF16) sums_bf16<R, T>(l, x, tile, row, sum);
+    else sums_fp32<R, T>(l, x, tile, row, sum);
+}
+
+// T rows of R tiles; gated layers take tiles in pairs, so R tiles of them are R / 2 (at least one) pairs.
+template <int R, int T>
+static void tiles(const pl_linear &l, const Input &x, const Output &out, int tile, int row) {
+    F sum[R][T];
+    sums_any<R, T>(l, x, tile, row, sum);
+    if (out.mode != Output::kGated) {
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r++) finish(l, out, tile + r, row + t, sum[r][t]);
+    } else if constexpr (R > 1) {
+        for (int t = 0; t < T; t++)
+            for (int r = 0; r < R; r += 2) finish_gated(l, out, tile + r, row + t, sum[r][t], sum[r + 1][t]);
+    } else {
+        F up[R][T];
+        sums_any<R, T>(l, x, tile + 1, row, up);
+        for (int t = 0; t < T; t++) finish_gated(l, out, tile, row + t, sum[0][t], up[0][t]);
+    }
 }
 
 // All rows for R tiles: the weights come from memory once and from cache for the later row blocks.
 template <int R, int MaxT>
 static void rows_of_tiles(const pl_linear &l, const Input &x, const Output &out, int tile, int rows) {
-    int row = 0;
-    while (row < rows) {
-        int left = rows - row, blocks = (left + MaxT - 1) / MaxT, take = (left + blocks - 1) / blocks;
-        if constexpr (MaxT >= 6) if (take == 6) tiles_any<R, 6>(l, x, out, tile, row);
-        if constexpr (MaxT >= 5) if (take == 5) tiles_any<R, 5>(l, x, out, tile, row);
-        if constexpr (MaxT >= 4) if (take == 4) tiles_any<R, 4>(l, x, out, tile, row);
-        if constexpr (MaxT >= 3) if (take == 3) tiles_any<R, 3>(l, x, out, tile, row);
-        if (take == 2) tiles_any<R, 2>(l, x, out, tile, row);
-        if (take == 1) tiles_any<R, 1>(l, x, out, tile, row);
+    for (int row = 0; row < rows;) {
+        const int left = rows - row, blocks = (left + MaxT - 1) / MaxT, take = (left + blocks - 1) / blocks;
+        if constexpr (MaxT >= 8) if (take == 8) tiles<R, 8>(l, x, out, tile, row);
+        if constexpr (MaxT >= 7) if (take == 7) tiles<R, 7>(l, x, out, tile, row);
+        if constexpr (MaxT >= 6) if (take == 6) tiles<R, 6>(l, x, out, tile, row);
+        if constexpr (MaxT >= 5) if (take == 5) tiles<R, 5>(l, x, out, tile, row);
+        if constexpr (MaxT >= 4) if (take == 4) tiles<R, 4>(l, x, out, tile, row);
+        if constexpr (MaxT >= 3) if (take == 3) tiles<R, 3>(l, x, out, tile, row);
+        if constexpr (MaxT >= 2) if (take == 2) tiles<R, 2>(l, x, out, tile, row);
+        if (take == 1) tiles<R, 1>(l, x, out, tile, row);
         row += take;
     }
 }
 
 static void linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end) {
+    const int pair = out.mode == Output::kGated ? 2 : 1;
     int tile = begin;
     if (rows <= kFewRows)
-        for (; tile + 4 <= end; tile += 4) rows_of_tiles<4, kFewRows>(l, x, out, tile, rows);
-    for (; tile + 2 <= end; tile += 2) rows_of_tiles<2, kManyRows>(l, x, out, tile, rows);
-    for (; tile < end; tile++) rows_of_tiles<1, kManyRows>(l, x, out, tile, rows);
+        for (; tile + kFewTiles <= end; tile += kFewTiles) rows_of_tiles<kFewTiles, kFewRows>(l, x, out, tile, rows);
+    for (; tile < end; tile += pair) rows_of_tiles<1, kManyRows>(l, x, out, tile, rows);
 }
 
 }  // namespace PL_ISA_NS
