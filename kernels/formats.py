@@ -6,12 +6,13 @@ groups of 64 inputs. Room is left for int4 and sparse formats: a format is a nam
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Format = Literal["fp32", "bf16", "int8"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 LANES = 16
 GROUP = 64
 _INPUT_PADDING = {"fp32": 4, "bf16": 4, "int8": GROUP}

@@ -36,6 +36,11 @@ def linear(x: Tensor, layer: PackedLinear) -> Tensor:
     return y
 
 
+def argmax(x: Tensor) -> Tensor:
+    """Index of each row's greatest value, the lowest among equals: fp32 [rows, n] -> int32 [rows]."""
+    return (x == x.amax(-1, keepdim=True)).int().argmax(-1).to(torch.int32)
+
+
 def _int8_groups(layer: PackedLinear) -> Tensor:
     """Integer weights [out, groups, 64]."""
     assert layer.scale is not None

@@ -102,6 +102,18 @@ class _Batch(ctypes.Structure):
     )
 
 
+class _Draft(ctypes.Structure):
+    _fields_ = (
+        ("drafts", I32),
+        *((name, PTR) for name in ("sequence", "length", "tokens")),
+        ("stride", I32),
+    )
+
+
+#: One sequence of a batch: (first row, rows, position of the first row, block numbers).
+Span = tuple[int, int, int, Sequence[int]]
+
+
 class Executor:
     """Runs a plan over KV blocks.
 
@@ -147,41 +159,79 @@ class Executor:
     def forward(
         self,
         tokens: Sequence[int],
-        spans: Sequence[tuple[int, int, int, Sequence[int]]],
+        spans: Sequence[Span],
         wanted: Sequence[int],
     ) -> Tensor:
         """Write the batch's K and V and compute logits.
 
         Args:
             tokens: ids, sequence after sequence; each below ``vocab``.
-            spans: per sequence (first row, rows, position of the first row, block numbers).
+            spans: the sequences, in row order.
             wanted: rows to put through the head.
 
         Returns:
             fp32 [len(wanted), vocab].
         """
+        logits = torch.empty(len(wanted), self._plan.vocab)
+        batch = _BatchArrays(tokens, spans, wanted, logits)
+        status = self._library.pl_forward(
+            ctypes.addressof(self._model), batch.address, self._pool.handle, self._pool.isa_code
+        )
+        check(status)
+        return logits
+
+    def draft_greedy(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        wanted: Sequence[int],
+        drafting: Sequence[tuple[int, int]],
+    ) -> list[list[int]]:
+        """Run the batch and go on greedily for some of its sequences, one native call for all draft tokens.
+
+        Args:
+            tokens, spans, wanted: as for ``forward``; ``wanted`` has the last row of each drafting sequence.
+            drafting: (index in spans, tokens to draft), in the order of ``wanted``; lengths at least 1.
+
+        Returns:
+            Draft tokens per drafting sequence.
+        """
+        stride = max(length for _, length in drafting)
+        out = (I32 * (stride * len(drafting)))()
+        sequences, lengths = ((I32 * len(drafting))(*part) for part in zip(*drafting, strict=True))
+        draft = _Draft(
+            len(drafting), *(ctypes.addressof(array) for array in (sequences, lengths, out)), stride
+        )
+        batch = _BatchArrays(tokens, spans, wanted, None)
+        status = self._library.pl_draft_greedy(
+            ctypes.addressof(self._model),
+            batch.address,
+            ctypes.addressof(draft),
+            self._pool.handle,
+            self._pool.isa_code,
+        )
+        check(status)
+        return [out[i * stride : i * stride + length] for i, (_, length) in enumerate(drafting)]
+
+
+class _BatchArrays:
+    """A pl_batch and the arrays it points into."""
+
+    def __init__(
+        self, tokens: Sequence[int], spans: Sequence[Span], wanted: Sequence[int], logits: Tensor | None
+    ) -> None:
         firsts, counts, starts, tables = zip(*spans, strict=True)
         flat = [block for table in tables for block in table]
         offsets, at = [], 0
         for table in tables:
             offsets.append(at)
             at += len(table)
-        logits = torch.empty(len(wanted), self._plan.vocab)
-        arrays = [
+        self._arrays = [
             (I32 * len(part))(*part) for part in (tokens, firsts, counts, starts, offsets, flat, wanted)
         ]
-        batch = _Batch(
-            len(tokens),
-            len(spans),
-            len(wanted),
-            *(ctypes.addressof(array) for array in arrays),
-            logits.data_ptr(),
-        )
-        status = self._library.pl_forward(
-            ctypes.addressof(self._model), ctypes.addressof(batch), self._pool.handle, self._pool.isa_code
-        )
-        check(status)
-        return logits
+        addresses = (ctypes.addressof(array) for array in self._arrays)
+        self._batch = _Batch(len(tokens), len(spans), len(wanted), *addresses, pointer(logits))
+        self.address = ctypes.addressof(self._batch)
 
 
 def _layer(layer: LayerPlan) -> _Layer:

@@ -2,6 +2,9 @@
 
 The shared library is an extension module without Python in it: found next to this file, loaded with ctypes, which
 releases the GIL during calls. Structs mirror ``csrc/paceline_cpu.h``; the ABI version is checked.
+
+Environment: ``PACELINE_ISA`` forces a narrower instruction set; ``PACELINE_NATIVE_LIBRARY`` names another build of the
+library (one with sanitizers, one by another compiler).
 """
 
 import ctypes
@@ -38,6 +41,10 @@ class KernelsMissing(RuntimeError):  # noqa: N818 - reads as the fact it states
     """The native library was not built or does not fit; the message says why and what to do."""
 
 
+class IsaUnavailable(ValueError):  # noqa: N818 - reads as the fact it states
+    """``PACELINE_ISA`` names what this CPU or this build does not have; the message lists what it has."""
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The loaded library.
@@ -65,12 +72,18 @@ def library() -> ctypes.CDLL:
     lib.pl_pack.argtypes = [I32, PTR, I32, I32, PTR, PTR, PTR]
     lib.pl_linear_forward.argtypes = [PTR, PTR, I32, PTR, PTR, I32]
     lib.pl_forward.argtypes = [PTR, PTR, PTR, I32]
+    lib.pl_draft_greedy.argtypes = [PTR, PTR, PTR, PTR, I32]
     lib.pl_argmax.argtypes = [PTR, I32, I64, PTR, PTR, I32]
     lib.pl_read.argtypes = [PTR, I64, PTR, I32]
     return lib
 
 
 def _find() -> Path | None:
+    named = os.environ.get("PACELINE_NATIVE_LIBRARY")
+    if named:
+        if not Path(named).is_file():
+            raise KernelsMissing(f"PACELINE_NATIVE_LIBRARY={named}: there is no such file")
+        return Path(named)
     here = Path(__file__).parent
     names = [here / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     return next((path for path in names if path.exists()), None)
@@ -86,15 +99,30 @@ def available() -> bool:
     return True
 
 
+def usable_isas() -> tuple[Isa, ...]:
+    """What this CPU runs and the library holds, the narrowest first."""
+    return ISAS[: int(library().pl_best_isa()) + 1]
+
+
 def best_isa() -> Isa:
-    """The widest instruction set of this CPU; ``PACELINE_ISA`` forces a narrower one."""
-    best = int(library().pl_best_isa())
-    forced = os.environ.get("PACELINE_ISA")
-    if forced is None:
-        return ISAS[best]
-    if forced not in ISAS or ISAS.index(forced) > best:
-        raise KernelsMissing(f"PACELINE_ISA={forced}: this CPU has {', '.join(ISAS[: best + 1])}")
-    return ISAS[ISAS.index(forced)]
+    """The widest instruction set of this CPU; ``PACELINE_ISA`` forces a narrower one.
+
+    Raises:
+        IsaUnavailable: it forces one that is not here.
+    """
+    usable, forced = usable_isas(), os.environ.get("PACELINE_ISA")
+    if not forced:
+        return usable[-1]
+    if forced not in usable:
+        raise IsaUnavailable(f"PACELINE_ISA is {forced!r}; usable on this machine: {', '.join(usable)}")
+    return usable[usable.index(forced)]
+
+
+def isa_reason() -> str:
+    """What ``best_isa`` takes and why, for people."""
+    isa, usable = best_isa(), usable_isas()
+    forced = f"PACELINE_ISA; the widest here is {usable[-1]}" if os.environ.get("PACELINE_ISA") else None
+    return f"{isa} ({forced or 'the widest that this CPU runs'})"
 
 
 class Pool:

@@ -1,9 +1,11 @@
 """The runner over the native CPU executor: a ragged batch is one native call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Executor
+from paceline.kernels.cpu.executor import DecoderPlan, Executor, Span
 from paceline.kernels.cpu.library import Pool
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
@@ -28,5 +30,12 @@ class CpuRunner:
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Runner.forward``."""
-        spans = [(s.first_row, s.count, s.start, s.pages) for s in batch.sequences]
-        return self._executor.forward(batch.tokens, spans, batch.wanted)
+        return self._executor.forward(batch.tokens, _spans(batch), batch.wanted)
+
+    def draft_greedy(self, batch: Batch, drafting: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """See ``GreedyDrafter.draft_greedy``."""
+        return self._executor.draft_greedy(batch.tokens, _spans(batch), batch.wanted, drafting)
+
+
+def _spans(batch: Batch) -> list[Span]:
+    return [(s.first_row, s.count, s.start, s.pages) for s in batch.sequences]

@@ -4,7 +4,7 @@ Engines (native here, others behind ``server/backends``) implement ``AsyncEngine
 which one runs. No HTTP, no tensors.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -119,6 +119,22 @@ class EngineObserver(Protocol):
         ...
 
 
+class EventStream(Protocol):
+    """One request's events: an async iterator that can be closed, also before its first event."""
+
+    def __aiter__(self) -> "EventStream":
+        """The stream itself."""
+        ...
+
+    async def __anext__(self) -> TokenEvent:
+        """The next event of any choice; StopAsyncIteration after the last choice's final one."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop listening; cancels the request, if it still runs, and frees its blocks within one step."""
+        ...
+
+
 class AsyncEngine(Protocol):
     """Asyncio face of an engine."""
 
@@ -136,16 +152,16 @@ class AsyncEngine(Protocol):
         """Load the models and start stepping; returns when ready. Raises UserError if a model cannot load."""
         ...
 
-    def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: Request) -> EventStream:
         """Queue a request and iterate over its events until every choice has finished.
 
-        Closing the iterator early (``aclose``) cancels the request and frees its blocks within one step.
+        Whoever stops iterating early closes the stream.
 
         Raises:
             QueueFullError: the waiting queue is at its limit.
             UnavailableError: loading, draining or stopped.
             InvalidRequestError: the request can never run (unknown model or draft, too long).
-            EngineError: from the iterator, when the engine failed while the request was running.
+            EngineError: from the stream, when the engine failed while the request was running.
         """
         ...
 

@@ -8,11 +8,11 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from paceline.server.engine.engine import Engine
-from paceline.server.engine.interface import EngineState, Load, ModelInfo
+from paceline.server.engine.interface import EngineState, EventStream, Load, ModelInfo
 from paceline.server.engine.request import Request, TokenEvent
 from paceline.server.errors import (
     EngineError,
@@ -92,7 +92,7 @@ class NativeEngine:
         self._thread.start()
         await ready
 
-    def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: Request) -> EventStream:
         """See ``AsyncEngine.submit``."""
         if self._state == "failed":
             raise EngineError("the engine has failed; see the log")

@@ -18,7 +18,7 @@ from paceline.server.decoding.sampler import draw, probabilities, process
 from paceline.server.decoding.verify import DraftBlock
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
-from paceline.server.engine.runner import Runner
+from paceline.server.engine.runner import GreedyDrafter, Runner
 from paceline.server.engine.scheduler import Scheduled
 from paceline.server.engine.sequence import Sequence
 
@@ -84,20 +84,21 @@ class DraftModelProposer:
 
     def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
         """See ``Proposer.propose``; blocks of sampled requests carry the distributions they were drawn from."""
-        drafting, logits = self._catch_up(items)
-        pending = list(drafting)
-        while pending:
-            self._draw(pending, logits, generator)
-            pending = [d for d in pending if len(d.tokens) < d.item.draft_tokens]
-            if pending:
-                logits = self._advance(pending)
+        batch, drafting = self._catch_up(items)
+        runner = self._runner
+        fits = runner.vocab_size <= self._vocab_size  # else the draft could name a token that the target lacks
+        if fits and isinstance(runner, GreedyDrafter) and drafting and all(d.is_plain for d in drafting):
+            self._draft_greedy(runner, batch, drafting)
+        elif batch.tokens:
+            self._draft(drafting, self._logits(batch), generator)
         blocks = {id(d.item): d.block() for d in drafting}
         return [blocks.get(id(item), EMPTY_BLOCK) for item in items]
 
     def forget(self, sequence: Sequence) -> None:
         """See ``Proposer.forget``; all state is in the sequence's block table."""
 
-    def _catch_up(self, items: SequenceOf[Scheduled]) -> tuple[list["_Drafting"], Tensor]:
+    def _catch_up(self, items: SequenceOf[Scheduled]) -> tuple[Batch, list["_Drafting"]]:
+        """The batch of known tokens that the draft lacks, and who drafts after it (its wanted rows, in order)."""
         batch, budget, drafting = Batch(), self._max_batch_tokens, []
         for item in items:
             table, sequence = item.sequence.draft, item.sequence
@@ -113,8 +114,24 @@ class DraftModelProposer:
             batch.add(table, self._known(chunk), num_wanted=int(ready))
             table.num_computed += len(chunk)
             if ready:
-                drafting.append(_Drafting(item))
-        return drafting, self._forward(batch)
+                drafting.append(_Drafting(item, len(batch.sequences) - 1))
+        return batch, drafting
+
+    @staticmethod
+    def _draft_greedy(runner: GreedyDrafter, batch: Batch, drafting: SequenceOf["_Drafting"]) -> None:
+        wishes = [(d.index, d.item.draft_tokens) for d in drafting]
+        for d, tokens in zip(drafting, runner.draft_greedy(batch, wishes), strict=True):
+            d.tokens = tokens
+            assert d.item.sequence.draft is not None
+            d.item.sequence.draft.num_computed += len(tokens) - 1
+
+    def _draft(self, drafting: SequenceOf["_Drafting"], logits: Tensor, generator: torch.Generator) -> None:
+        pending = list(drafting)
+        while pending:
+            self._draw(pending, logits, generator)
+            pending = [d for d in pending if len(d.tokens) < d.item.draft_tokens]
+            if pending:
+                logits = self._advance(pending)
 
     def _advance(self, pending: SequenceOf["_Drafting"]) -> Tensor:
         batch = Batch()
@@ -123,13 +140,12 @@ class DraftModelProposer:
             assert table is not None
             batch.add(table, self._known(drafting.tokens[-1:]), num_wanted=1)
             table.num_computed += 1
-        return self._forward(batch)
+        return self._logits(batch)
 
-    def _forward(self, batch: Batch) -> Tensor:
-        if not batch.tokens:
-            return torch.empty(0, self._vocab_size)
+    def _logits(self, batch: Batch) -> Tensor:
         logits = self._runner.forward(batch)
-        return F.pad(logits, (0, self._vocab_size - logits.shape[1]), value=float("-inf"))
+        missing = self._vocab_size - logits.shape[1]
+        return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
     def _known(self, tokens: SequenceOf[int]) -> list[int]:
         """Ids that the draft has an embedding for; padding ids of a wider target become 0."""
@@ -149,14 +165,19 @@ class DraftModelProposer:
 
 
 class _Drafting:
-    """A block under construction."""
+    """A block under construction; ``index`` is the sequence's in the catch-up batch."""
 
-    def __init__(self, item: Scheduled) -> None:
-        self.item = item
+    def __init__(self, item: Scheduled, index: int) -> None:
+        self.item, self.index = item, index
         self.tokens: list[int] = []
         self.probs: list[Tensor] = []
         sampling = item.sequence.sampling
         self.needs_probs = sampling.temperature > 0 and sampling.seed is None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the draft token is the argmax of the raw logits."""
+        return self.item.sequence.takes_raw_argmax
 
     def row(self) -> Row:
         return make_row(self.item.sequence, self.tokens)

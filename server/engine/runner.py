@@ -3,7 +3,8 @@
 A runner owns weights and KV views, and nothing about requests.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +24,24 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> Tensor:
         """Write the batch's K and V and return fp32 logits [len(batch.wanted), vocab_size]."""
+        ...
+
+
+@runtime_checkable
+class GreedyDrafter(Protocol):
+    """A runner that drafts whole greedy blocks in one call."""
+
+    def draft_greedy(self, batch: Batch, drafting: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """Run the batch, then one greedy row per drafting sequence and forward.
+
+        Args:
+            batch: its wanted rows are the last ones of the drafting sequences.
+            drafting: (index of the sequence in the batch, tokens to draft >= 1), in the order of ``batch.wanted``;
+                blocks have room for all but the last draft token.
+
+        Returns:
+            Draft tokens per drafting sequence.
+        """
         ...
 
 

@@ -97,6 +97,19 @@ class Sequence:
         return len(self.tokens) - self.target.num_computed > 1 or self.output_tokens == 0
 
     @property
+    def takes_raw_argmax(self) -> bool:
+        """Whether the next token is simply the most likely one: greedy, and nothing to process before."""
+        s = self.sampling
+        return (
+            s.temperature == 0
+            and not s.logit_bias
+            and s.repetition_penalty == 1
+            and s.presence_penalty == 0
+            and s.frequency_penalty == 0
+            and self.output_tokens >= s.min_tokens
+        )
+
+    @property
     def waits_for_leader(self) -> bool:
         """Whether a sibling is computing the prompt that this choice can share."""
         leader = self.leader

@@ -39,6 +39,13 @@ static void store_kv(const KvLayer &kv, const int32_t *table, int position, int 
 
 PL_INLINE F load_kv(const float *p) { return load(p); }
 PL_INLINE F load_kv(const uint16_t *p) { return load_bf16(p); }
+PL_INLINE float widen(float x) { return x; }
+PL_INLINE float widen(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 // scores[r][position] for one tile of 16 positions, masked to what row r sees.
 template <typename T, int R>
@@ -85,6 +92,19 @@ PL_INLINE void weigh_values(const KvLayer &kv, const Queries &in, int first, int
         for (int w = 0; w < W; w++) store(in.out + r * in.out_stride + d + 16 * w, sum[r][w]);
 }
 
+// The same for the heads narrower than a vector, dimension by dimension.
+template <typename T, int R>
+static void weigh_narrow(const KvLayer &kv, const Queries &in, int first, int end, float *const (&probs)[R]) {
+    for (int r = 0; r < R; r++)
+        for (int d = 0; d < kv.head_dim; d++) in.out[r * in.out_stride + d] = 0.0f;
+    for (int p = first; p < end; p++) {
+        const T *v = (const T *)(block_of(kv, in.table, p) + kv.v_offset) +
+                     ((int64_t)in.kv_head * kv.block_tokens + p % kv.block_tokens) * kv.head_dim;
+        for (int r = 0; r < R; r++)
+            for (int d = 0; d < kv.head_dim; d++) in.out[r * in.out_stride + d] += probs[r][p] * widen(v[d]);
+    }
+}
+
 template <typename T, int R>
 static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
     const int last = in.start + R - 1, tiles = last / PL_LANES + 1;
@@ -107,9 +127,13 @@ static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
             store(scores[r] + t * PL_LANES, mul(load(scores[r] + t * PL_LANES), inverse));
     }
     // Positions after a row's own have weight zero; adding zeros changes nothing, so rows may share the loop.
+    const int first = first_tile * PL_LANES, end = last + 1, dim = kv.head_dim;
+    if (dim < 16) return weigh_narrow<T, R>(kv, in, first, end, scores);
     int d = 0;
-    for (; d + 64 <= kv.head_dim; d += 64) weigh_values<T, R, 4>(kv, in, first_tile * PL_LANES, last + 1, scores, d);
-    for (; d < kv.head_dim; d += 16) weigh_values<T, R, 1>(kv, in, first_tile * PL_LANES, last + 1, scores, d);
+    for (; d + 64 <= dim; d += 64) weigh_values<T, R, 4>(kv, in, first, end, scores, d);
+    for (; d + 16 <= dim; d += 16) weigh_values<T, R, 1>(kv, in, first, end, scores, d);
+    // A rest is covered by a last vector that ends with the head and computes some dimensions again, equally.
+    if (d < dim) weigh_values<T, R, 1>(kv, in, first, end, scores, dim - 16);
 }
 
 template <typename T>

@@ -65,6 +65,15 @@ typedef struct {
     float *logits;              // [wanted][vocab]
 } pl_batch;
 
+// Which sequences of a batch draft, in the order of its wanted rows (one per drafting sequence, its last).
+typedef struct {
+    int32_t drafts;
+    const int32_t *sequence;  // [drafts] index of the sequence in the batch
+    const int32_t *length;    // [drafts] tokens to draft, at least 1; blocks for their K and V are there
+    int32_t *tokens;          // [drafts][stride] out
+    int32_t stride;
+} pl_draft;
+
 typedef struct pl_pool pl_pool;
 
 #define PL_API __attribute__((visibility("default")))
@@ -76,6 +85,11 @@ PL_API void pl_pool_destroy(pl_pool *pool);
 
 // Runs one batch. Returns 0, or -1 if memory for the activations could not be had, -2 for an ISA that is not here.
 PL_API int32_t pl_forward(const pl_model *model, const pl_batch *batch, pl_pool *pool, int32_t isa);
+
+// Drafts greedily: runs the batch, then one row per drafting sequence and forward until all lengths are reached. K and V
+// of all but each sequence's last draft token are written. Returns as pl_forward.
+PL_API int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_draft *draft, pl_pool *pool,
+                               int32_t isa);
 
 // One linear on its own, for tests and benches: x fp32 [rows][in] -> y fp32 [rows][out].
 PL_API int32_t pl_linear_forward(const pl_linear *linear, const float *x, int32_t rows, float *y, pl_pool *pool, int32_t isa);
