@@ -33,12 +33,15 @@ public:
 
 private:
     void work(int thread);
-    static void spin_until_changed(std::atomic<uint32_t> &word, uint32_t old);
+    void wait_at_barrier(uint32_t generation);
+    static bool spin(const std::atomic<uint32_t> &word, uint32_t old, int rounds);  // whether it changed
+    static void park(std::atomic<uint32_t> &word, uint32_t old);
 
     const int threads_;
     std::vector<std::thread> workers_;
     const std::function<void(int)> *job_ = nullptr;
     bool stopping_ = false;
+    std::atomic<int> spins_;  // adaptive limit at barriers; races only blur it
     alignas(64) std::atomic<uint32_t> jobs_{0};        // bumped when a job starts
     alignas(64) std::atomic<uint32_t> generation_{0};  // bumped when a barrier opens
     alignas(64) std::atomic<int> arrived_{0};
