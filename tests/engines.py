@@ -4,7 +4,7 @@ distribution is known (for statistics through ``Engine.step``)."""
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,15 +40,20 @@ class Recorder:
 
 
 def spec(
-    target: Path, name: str = "m", *, context_length: int | None = None, **speculation: Any
+    target: Path,
+    name: str = "m",
+    *,
+    context_length: int | None = None,
+    weights: Literal["fp32", "bf16", "int8"] = "fp32",
+    **speculation: Any,
 ) -> ModelSpec:
     if isinstance(speculation.get("draft"), Path):
         speculation["draft"] = str(speculation["draft"])
-    return ModelSpec(name, str(target), "fp32", context_length, SpeculationConfig(**speculation))
+    return ModelSpec(name, str(target), weights, context_length, SpeculationConfig(**speculation))
 
 
 def tiny_engine(*models: ModelSpec, observer: Recorder | None = None, **engine: Any) -> Engine:
-    """The real builder on CPU in fp32; 4 MiB of KV and blocks of 16 unless told otherwise."""
+    """The real builder on CPU; 4 MiB of KV and blocks of 16 unless told otherwise."""
     settings = {"device": "cpu", "threads": 1, "kv_cache_gib": 4 / 1024, "block_size": 16, **engine}
     config = PacelineConfig(engine=EngineConfig(**settings), models=models)
     return build_native(config, observer or Recorder()).engine
@@ -161,6 +166,9 @@ class TableRunner:
                     previous[row] = self._cache[rows.pages[(at - 1) // size], (at - 1) % size]
         wanted = np.array(batch.wanted, dtype=np.int64)
         return self._table[previous[wanted], np.array(batch.tokens)[wanted]]
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        return [int(i) for i in logits.argmax(-1)]
 
 
 def table_engine(

@@ -26,11 +26,16 @@ class CpuRunner:
         self.layout = layout
         self.vocab_size = plan.vocab
         self.device = torch.device("cpu")
+        self._pool = pool
         self._executor = Executor(plan, pool, buffer, kv_dtype=kv_dtype, block_tokens=layout.block_tokens)
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Runner.forward``."""
         return self._executor.forward(batch.tokens, _spans(batch), batch.wanted)
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        """See ``Runner.argmax``."""
+        return self._pool.argmax(logits.contiguous()).tolist()
 
     def draft_greedy(self, batch: Batch, drafting: Sequence[tuple[int, int]]) -> list[list[int]]:
         """See ``GreedyDrafter.draft_greedy``."""

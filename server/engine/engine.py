@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from paceline.server.decoding.logprobs import token_logprobs
-from paceline.server.decoding.rows import Row
 from paceline.server.decoding.sampler import process
-from paceline.server.decoding.verify import DraftBlock, Verdict, verify
+from paceline.server.decoding.verify import DraftBlock, Verdict, match_prefix, verify
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.interface import EngineObserver, FinishedReason, Load, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -37,6 +36,12 @@ class _InFlight:
     logits: slice
     prompt_tokens: int
     verdict: Verdict | None = None
+
+    @property
+    def first_drawn(self) -> int:
+        """Logits row that predicts the token after all known ones; the draft tokens' rows follow it."""
+        stop: int = self.logits.stop
+        return stop - len(self.block.token_ids) - 1
 
 
 class Engine:
@@ -131,13 +136,19 @@ class Engine:
         drawing = [row for row in rows if row.item.completes and row.item.sequence.max_tokens > 0]
         if not drawing:
             return
-        states: list[Row] = []
-        index: list[int] = []
-        for row in drawing:
-            drafted = row.block.token_ids
-            states += [make_row(row.item.sequence, drafted[:i]) for i in range(len(drafted) + 1)]
-            index += range(row.logits.stop - len(drafted) - 1, row.logits.stop)
+        index = [i for row in drawing for i in range(row.first_drawn, row.logits.stop)]
         chosen = logits if len(index) == len(logits) else logits[index]
+        if all(row.item.sequence.takes_raw_argmax for row in drawing):
+            outputs = iter(model.runner.argmax(chosen))
+            for row in drawing:
+                drafted = row.block.token_ids
+                row.verdict = match_prefix([next(outputs) for _ in range(len(drafted) + 1)], drafted)
+            return
+        states = [
+            make_row(row.item.sequence, row.block.token_ids[:i])
+            for row in drawing
+            for i in range(len(row.block.token_ids) + 1)
+        ]
         scores = process(chosen, states)
         verdicts = verify(scores, states, [row.block for row in drawing], model.rule, self._generator)
         for row, verdict in zip(drawing, verdicts, strict=True):
@@ -153,10 +164,9 @@ class Engine:
         kept: tuple[int, ...] = ()
         text, logprobs = "", None
         if row.verdict is not None:
-            start = row.logits.stop - len(row.block.token_ids) - 1
             committed = sequence.commit([*row.block.token_ids[: row.verdict.accepted], row.verdict.token_id])
             kept, text = committed.token_ids, committed.text
-            logprobs = _score(sequence, logits[start : start + len(kept)], kept)
+            logprobs = _score(sequence, logits[row.first_drawn : row.first_drawn + len(kept)], kept)
             if row.block.token_ids:
                 sequence.speculation.add(len(row.block.token_ids), row.verdict.accepted)
         elif completes:

@@ -86,7 +86,9 @@ class DraftModelProposer:
         """See ``Proposer.propose``; blocks of sampled requests carry the distributions they were drawn from."""
         batch, drafting = self._catch_up(items)
         runner = self._runner
-        fits = runner.vocab_size <= self._vocab_size  # else the draft could name a token that the target lacks
+        fits = (
+            runner.vocab_size <= self._vocab_size
+        )  # else the draft could name a token that the target lacks
         if fits and isinstance(runner, GreedyDrafter) and drafting and all(d.is_plain for d in drafting):
             self._draft_greedy(runner, batch, drafting)
         elif batch.tokens:

@@ -26,6 +26,10 @@ class Runner(Protocol):
         """Write the batch's K and V and return fp32 logits [len(batch.wanted), vocab_size]."""
         ...
 
+    def argmax(self, logits: Tensor) -> list[int]:
+        """Index of each row's greatest value, the lowest among equals: fp32 [rows, vocab]."""
+        ...
+
 
 @runtime_checkable
 class GreedyDrafter(Protocol):
@@ -62,3 +66,7 @@ class TorchRunner:
         wanted = torch.tensor(batch.wanted, dtype=torch.long, device=self.device)
         logits: Tensor = self._decoder(RaggedInput(tokens, plan, wanted), self._kv)
         return logits
+
+    def argmax(self, logits: Tensor) -> list[int]:
+        """See ``Runner.argmax``."""
+        return logits.argmax(dim=-1).tolist()  # torch promises the first of equal maxima
