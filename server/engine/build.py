@@ -28,7 +28,7 @@ from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
 from paceline.server.models.llama import Decoder
-from paceline.server.models.loader import LoadedModel, ModelLoader, Weights, kernels_wanted
+from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
 from paceline.server.models.manifest import check_tokenizer
 from paceline.server.models.sources import resolve
 from paceline.server.models.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 
 
 def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngine:
-    """An engine that loads when started; ``config`` must be resolved (no "auto" but ``kv_cache_gib``)."""
+    """An engine that loads when started; ``config`` must be resolved (device and threads not "auto")."""
     return NativeEngine(
         lambda: build_native(config, observer), max_queued_requests=config.server.max_queued_requests
     )
@@ -100,11 +100,6 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
     return BuiltEngine(engine, {name: model.info for name, model in served.items()})
 
 
-def _weights(spec: ModelSpec) -> Weights:
-    assert spec.weights != "auto", "config.resolve decides it"
-    return spec.weights
-
-
 def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
@@ -116,7 +111,7 @@ def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool 
 def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
-    target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, _weights(spec)))
+    target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
     return _Parts(spec, tokenizer, target, _load_draft(spec, tokenizer, loader))
 
 
@@ -126,7 +121,7 @@ def _load_draft(spec: ModelSpec, tokenizer: Tokenizer, loader: ModelLoader) -> L
         return None
     path = resolve(reference)
     check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    return _timed(f"draft of {spec.name}", lambda: loader.load(path, _weights(spec)))
+    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights))
 
 
 def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:

@@ -14,6 +14,9 @@ from paceline.server.engine.interface import Load
 from paceline.server.engine.kv_blocks import BlockTable, KvBlocks
 from paceline.server.engine.sequence import Sequence
 
+#: A step's prefill gets at least this fraction (one over it) of the token budget, however many decodes and drafts run.
+_LEAST_PREFILL_SHARE = 8
+
 
 @dataclass(slots=True)
 class Scheduled:
@@ -119,30 +122,30 @@ class Scheduler:
 
     def _plan(self, name: str) -> StepPlan:
         plan, queue = StepPlan(name), self._queues[name]
-        budget = self._max_batch_tokens
-        for sequence in list(queue.running):
-            if sequence not in queue.running:  # preempted by an older one in this loop
-                continue
-            item = self._continue(sequence, budget, plan)
-            if item is not None:
-                plan.items.append(item)
-                budget -= item.num_tokens + item.draft_tokens
+        prefilling = [s for s in queue.running if _remaining(s) > 1]
+        for sequence in [s for s in queue.running if _remaining(s) == 1]:
+            if sequence in queue.running:  # not preempted by an older one in this loop
+                self._decode(sequence, plan)
+        # Decodes always run: clients wait for them, and their cost hardly depends on the batch. Prefill gets the rest
+        # of the budget, but never nothing.
+        budget = self._max_batch_tokens - sum(item.num_tokens + item.draft_tokens for item in plan.items)
+        budget = max(budget, self._max_batch_tokens // _LEAST_PREFILL_SHARE, 1)
+        for sequence in prefilling:
+            if budget > 0 and sequence in queue.running:
+                plan.items.append(Scheduled(sequence, min(_remaining(sequence), budget)))
+                budget -= plan.items[-1].num_tokens
         if not plan.preemptions:  # whoever just lost its blocks must not take them back at once
             self._admit(queue, budget, plan)
         return plan
 
-    def _continue(self, sequence: Sequence, budget: int, plan: StepPlan) -> Scheduled | None:
-        remaining = len(sequence.tokens) - sequence.target.num_computed
-        if remaining > 1:
-            return Scheduled(sequence, min(remaining, budget)) if budget > 0 else None
-        # A decode always runs: it is what clients wait for, and its cost hardly depends on the batch.
+    def _decode(self, sequence: Sequence, plan: StepPlan) -> None:
         drafts = sequence.draft_limit
         if drafts and not self._blocks.grow(_room(sequence, drafts)):
             drafts = 0
         while not drafts and not self._blocks.grow(_room(sequence, 0)):
             if self._preempt_youngest(plan) is sequence:
-                return None
-        return Scheduled(sequence, 1, drafts)
+                return
+        plan.items.append(Scheduled(sequence, 1, drafts))
 
     def _admit(self, queue: _Queue, budget: int, plan: StepPlan) -> None:
         for sequence in list(queue.waiting):
@@ -155,8 +158,7 @@ class Scheduler:
             queue.waiting.remove(sequence)
             queue.running.append(sequence)
             sequence.timing.start()
-            remaining = len(sequence.tokens) - sequence.target.num_computed
-            plan.items.append(Scheduled(sequence, min(remaining, budget)))
+            plan.items.append(Scheduled(sequence, min(_remaining(sequence), budget)))
             budget -= plan.items[-1].num_tokens
 
     def _start(self, sequence: Sequence, plan: StepPlan) -> bool:
@@ -187,6 +189,11 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         for table in sequence.tables:
             self._blocks.release(table)
+
+
+def _remaining(sequence: Sequence) -> int:
+    """Known tokens that are not computed yet."""
+    return len(sequence.tokens) - sequence.target.num_computed
 
 
 def _room(sequence: Sequence, draft_tokens: int) -> list[tuple[BlockTable, int]]:

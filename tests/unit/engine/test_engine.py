@@ -62,7 +62,7 @@ def test_greedy_with_speculation_equals_without(draft, length, tiny_checkpoint, 
         observer=recorder,
         max_batch_tokens=32,
     )
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"prompt": p, "max_tokens": 40, "repetition_penalty": 1.0 + 0.3 * (i % 2)}
         for i, p in enumerate(prompts(8))
     ]
@@ -80,7 +80,7 @@ def test_greedy_with_speculation_equals_without(draft, length, tiny_checkpoint, 
 def test_seeded_text_is_the_same_alone_in_a_crowd_and_under_any_draft(warping, tiny_checkpoint, drafts):
     target = tiny_checkpoint("llama")
     crowd = prompts(8, seed=3)
-    sampling = {"temperature": 0.9, "seed": 1234, "max_tokens": 30, **warping}
+    sampling: dict[str, Any] = {"temperature": 0.9, "seed": 1234, "max_tokens": 30, **warping}
     expected = tokens(tiny_engine(spec(target)), request(crowd[0], **sampling))[0]
     assert len(set(expected)) > 5
     for draft in (None, "near", "far", "ngram"):
@@ -97,7 +97,7 @@ def test_seeded_text_is_the_same_alone_in_a_crowd_and_under_any_draft(warping, t
 
 def test_seeds_and_choices_differ(tiny_checkpoint):
     engine = tiny_engine(spec(tiny_checkpoint("llama")))
-    sampling = {"temperature": 1.5, "max_tokens": 12}
+    sampling: dict[str, Any] = {"temperature": 1.5, "max_tokens": 12}
     [three] = run(engine, request([5, 6, 7], n=3, seed=1, **sampling))
     [other] = run(engine, request([5, 6, 7], n=1, seed=2, **sampling))
     assert len({tuple(ids(c)) for c in [*three, *other]}) == 4
@@ -120,7 +120,7 @@ def test_prefix_cache_shares_blocks_between_choices_and_requests(tiny_checkpoint
 @pytest.mark.parametrize("draft", [None, "near"])
 def test_preemption_recomputes_and_changes_nothing(draft, tiny_checkpoint, drafts):
     target = tiny_checkpoint("llama")
-    asked = [{"prompt": p, "max_tokens": 60} for p in prompts(6, seed=4, longest=30)]
+    asked: list[dict[str, Any]] = [{"prompt": p, "max_tokens": 60} for p in prompts(6, seed=4, longest=30)]
     expected = tokens(tiny_engine(spec(target)), *(request(**a) for a in asked))
     recorder = Recorder()
     tight = tiny_engine(
@@ -236,6 +236,7 @@ def test_speculation_statistics_add_up(tiny_checkpoint, drafts):
     short = SpeculationParams(max_draft_tokens=1, draft="ngram")
     [[ngram]] = run(engine, request([5, 6, 7], max_tokens=60, ignore_eos=True, speculation=short))
     assert ids(ngram) == ids(events)
+    assert ngram[-1].speculation is not None
     assert len(ngram[-1].speculation.acceptance_histogram) <= 2
 
 
@@ -299,3 +300,22 @@ def test_a_request_larger_than_the_kv_pool_is_refused(tiny_checkpoint):
     engine = tiny_engine(spec(tiny_checkpoint("llama")), kv_cache_gib=(2 * 16 * 512) / 2**30)
     with pytest.raises(InvalidRequestError, match="kv_cache_gib"):
         engine.check(request([5] * 10, max_tokens=40))
+
+
+def test_prefill_goes_on_beside_many_decodes_with_long_drafts(tiny_checkpoint):
+    """64 drafting sequences use up the token budget of every step; a newcomer's prompt must still be computed."""
+    engine = tiny_engine(
+        spec(tiny_checkpoint("llama"), draft="ngram", max_draft_tokens=8),
+        max_batch_tokens=64,
+        kv_cache_gib=0.05,
+    )
+    crowd = [request([7, 8] * 10, max_tokens=400, ignore_eos=True) for _ in range(32)]
+    submit(engine, *crowd)
+    for _ in range(15):
+        engine.step()
+    newcomer = request(prompts(1, seed=2, longest=60)[0] * 2, max_tokens=2)
+    submit(engine, newcomer)
+    steps = 0
+    while not any(rid == newcomer.id for rid, _ in engine.step()):
+        steps += 1
+    assert steps <= 120 // (64 // 8) + 1
