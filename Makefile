@@ -1,5 +1,5 @@
 # `make serve` and `make test` need nothing but Python 3.11+. Interrupted, run them again.
-# Variables, from the environment or the command line: PYTHON HOST PORT MODEL VENV PYTEST_ARGS BENCH_ARGS
+# Variables, from the environment or the command line: PYTHON HOST PORT MODEL VENV PYTEST_ARGS PRESET BENCH_ARGS
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -7,9 +7,11 @@ PORT ?= 8000
 MODEL ?= smollm2-135m-instruct
 VENV ?= .venv
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
+PRESET ?= smollm2
+BENCH_ARGS ?= --quick
 
 BIN := $(VENV)/bin
+CAMPAIGN = PACELINE_CAMPAIGN=full $(BIN)/python -m pytest --timeout 0 $(PYTEST_ARGS)
 # A ready-mark is written only after an install that succeeded. It is named after the environment (Python version,
 # this folder) and after what was installed: when either changes, the install runs again.
 ENV_ID := $(shell $(PYTHON) -c 'import sys; print("py%d.%d" % sys.version_info[:2])' 2>/dev/null)-$(shell pwd | cksum | cut -d ' ' -f 1)
@@ -21,7 +23,7 @@ ifneq ($(wildcard $(VENV)/.installing),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test bench lint format types env clean
+.PHONY: help serve test study soak fuzz bench lint format types env clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,8 +34,19 @@ serve: $(READY)-server ## install, fetch the default model, serve it on HOST:POR
 test: $(READY)-dev ## the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(READY)-bench ## this server beside transformers and llama.cpp, same model, same prompts
-	$(BIN)/python -m paceline.clients.bench_peers --model '$(MODEL)' $(BENCH_ARGS)
+study: $(READY)-dev ## campaign: sampled output against the exact distribution, 200,000 samples a case; p-values
+	$(CAMPAIGN) tests/unit/engine/test_distribution.py
+
+soak: $(READY)-dev ## campaign: 10,000 mixed requests to one server, a quarter of them hanging up
+	$(CAMPAIGN) tests/campaigns/test_soak.py
+
+fuzz: $(READY)-dev ## campaign: 20,000 damaged bodies
+	$(CAMPAIGN) tests/campaigns/test_fuzz.py
+
+# A machine without the compiled kernels still compares servers, hence the dash.
+bench: $(READY)-bench ## the kernels beside the bandwidth ceiling, this server beside its peers; BENCH_ARGS= for full runs
+	-$(BIN)/python -m paceline.kernels.bench.decode_step $(filter --quick,$(BENCH_ARGS))
+	$(BIN)/python -m paceline.clients.bench_peers --preset '$(PRESET)' $(BENCH_ARGS)
 
 lint: $(READY)-dev ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -45,7 +58,13 @@ format: $(READY)-dev ## ruff: mend what can be mended
 
 types: $(READY)-dev ## mypy, strict
 	$(BIN)/mypy
-	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls tests
+	$(BIN)/mypy --follow-imports silent --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls tests
+
+sanitize: $(READY)-dev ## the CPU kernels' tests under AddressSanitizer and UBSan
+	VENV='$(VENV)' .ci/native sanitize
+
+clang: $(READY)-dev ## the CPU kernels' tests on a build by clang++, if it is there
+	VENV='$(VENV)' .ci/native clang
 
 env: $(READY)-dev ## the development environment alone
 

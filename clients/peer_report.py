@@ -1,127 +1,192 @@
-"""What the side-by-side bench found out, about the machine and about the contenders, and how it is shown.
+"""What the side-by-side bench found out about the contenders, and how it is shown.
 
-Owns all figures, the ratios, the share of the roofline reached, the table and the JSON rows.
-It must not know how contenders are run. Ratios pair the figures of one round; the median over rounds is shown.
+Owns all figures, the ratios, the share of the roofline reached, the tables and the JSON rows. It must not know how
+contenders are run. Ratios pair the figures of one round; the median over rounds is shown. Prefill speed is prompt
+tokens over TTFT, at one stream only: with more, prompts wait for each other.
 """
 
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from paceline.clients.stats import LevelStats
 
-
-def cpu_model() -> str:
-    """The processor's own name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+OURS = "ours"
+Figure = Callable[[LevelStats], float | None]
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of everything that is compared; a missing package says so."""
-    found = {"python": platform.python_version()}
-    for package in ("paceline", "torch", "transformers", "xllamacpp"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+class Key(NamedTuple):
+    """Who was measured at what; ``streams`` at once."""
+
+    contender: str
+    scenario: str
+    streams: int
 
 
-def busy_share(seconds: float = 1.0) -> float | None:
-    """Share of all processor time used by anyone during ``seconds``; None where the kernel does not tell."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
+def speed(stats: LevelStats) -> float | None:
+    """Generated tokens per second of all streams; None if nothing came."""
+    return stats.output_tok_s or None
 
-    def ticks() -> tuple[int, int]:
-        counts = [int(word) for word in stat.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
-        return sum(counts), counts[3] + counts[4]  # idle, and waiting for disks
 
-    all_before, idle_before = ticks()
-    time.sleep(seconds)
-    all_after, idle_after = ticks()
-    return round(1 - (idle_after - idle_before) / max(1, all_after - all_before), 3)
+def prompt_tokens(stats: LevelStats) -> float | None:
+    """Mean prompt length of the answered requests."""
+    answered = stats.requests - stats.errors
+    return stats.prompt_tokens / answered if answered and stats.prompt_tokens else None
+
+
+def prefill_speed(stats: LevelStats) -> float | None:
+    """Prompt tokens per second until the first token; None with several streams."""
+    length, ttft_ms = prompt_tokens(stats), stats.ttft_ms.p50
+    return length / ttft_ms * 1e3 if stats.level == "1" and length and ttft_ms else None
+
+
+#: Compared with the best of each family: name in the report -> figure, more is better.
+COMPARED: Mapping[str, Figure] = {"output_tok_s": speed, "prefill_tok_s": prefill_speed}
 
 
 @dataclass(slots=True)
 class Board:
-    """Figures by (contender, level), one entry per round.
+    """Figures by key, one entry per round.
 
     Attributes:
+        families: of each contender, ours in the order in which ratios are shown.
         ceilings_tok_s: tokens/s that one stream without speculation cannot exceed, by contender.
         skipped: who did not take part, or no longer, and why.
-        busy_share: of the processors, taken by others while all contenders were paused.
+        busy_share: of the processors, taken by others while no contender ran.
     """
 
-    figures: dict[tuple[str, str], list[LevelStats]] = field(default_factory=dict)
+    families: dict[str, str] = field(default_factory=dict)
+    figures: dict[Key, list[LevelStats]] = field(default_factory=dict)
     ceilings_tok_s: dict[str, float] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     busy_share: float | None = None
 
-    def add(self, name: str, stats: LevelStats) -> None:
-        """Note one round of one contender at one level."""
-        self.figures.setdefault((name, stats.level), []).append(stats)
+    def add(self, key: Key, stats: LevelStats) -> None:
+        """Note one round of one contender."""
+        self.figures.setdefault(key, []).append(stats)
 
-    def median(self, name: str, level: str, figure: Callable[[LevelStats], float | None]) -> float | None:
+    @property
+    def ours(self) -> list[str]:
+        """Our contenders; the first is the one without speculation."""
+        return [name for name, family in self.families.items() if family == OURS]
+
+    def median(self, key: Key, figure: Figure) -> float | None:
         """Median over the rounds; None if nothing was measured."""
-        values = [value for stats in self.figures[name, level] if (value := figure(stats)) is not None]
+        values = [value for stats in self.figures.get(key, []) if (value := figure(stats)) is not None]
         return round(statistics.median(values), 2) if values else None
 
-    def ratio(self, ours: str, peer: str, level: str) -> float | None:
-        """Median over rounds of our tokens/s over the peer's; None where one of them has no figures."""
-        pairs = zip(self.figures.get((ours, level), []), self.figures.get((peer, level), []), strict=False)
-        ratios = [mine.output_tok_s / its.output_tok_s for mine, its in pairs if its.output_tok_s]
+    def ratio(self, mine: Key, its: Key, figure: Figure = speed) -> float | None:
+        """Median over rounds of our figure over the peer's; None where one of them has none."""
+        pairs = zip(self.figures.get(mine, []), self.figures.get(its, []), strict=False)
+        values = [(figure(a), figure(b)) for a, b in pairs]
+        ratios = [a / b for a, b in values if a is not None and b]
         return round(statistics.median(ratios), 3) if ratios else None
 
-    def rows(self, ours: Sequence[str]) -> list[dict[str, Any]]:
-        """One record per contender and level, as the table and the JSON line show it."""
-        return [self._row(name, level, ours) for name, level in self.figures]
+    def rows(self) -> list[dict[str, Any]]:
+        """One record per key, as the table and the JSON line show it."""
+        return [self._row(key) for key in self.figures]
 
-    def _row(self, name: str, level: str, ours: Sequence[str]) -> dict[str, Any]:
-        rounds = self.figures[name, level]
-        tok_s = self.median(name, level, lambda stats: stats.output_tok_s)
-        ceiling = self.ceilings_tok_s.get(name) if level == "1" else None
-        ratios = {our: self.ratio(our, name, level) for our in ours if name not in ours}
+    def _row(self, key: Key) -> dict[str, Any]:
+        rounds = self.figures[key]
+        tpot_ms = self.median(key, lambda stats: stats.tpot_ms.p50)
+        ceiling = self.ceilings_tok_s.get(key.contender) if key.streams == 1 else None
+        ratios = {
+            our: self.ratio(key._replace(contender=our), key) for our in self.ours if key.contender != our
+        }
         return {
-            "contender": name,
-            "concurrency": int(level),
-            "output_tok_s": tok_s,
-            "output_tok_s_rounds": [stats.output_tok_s for stats in rounds],
-            "ttft_ms_p50": self.median(name, level, lambda stats: stats.ttft_ms.p50),
-            "itl_ms_p50": self.median(name, level, lambda stats: stats.itl_ms.p50),
+            **key._asdict(),
+            "family": self.families[key.contender],
+            "output_tok_s": self.median(key, speed),
+            "output_tok_s_rounds": [round(stats.output_tok_s, 2) for stats in rounds],
+            "ttft_ms_p50": self.median(key, lambda stats: stats.ttft_ms.p50),
+            "itl_ms_p50": self.median(key, lambda stats: stats.itl_ms.p50),
+            "tpot_ms_p50": tpot_ms,
+            "prompt_tokens": self.median(key, prompt_tokens),
+            "prefill_tok_s": self.median(key, prefill_speed),
+            "requests": sum(stats.requests for stats in rounds),
             "errors": sum(stats.errors for stats in rounds),
             "ceiling_tok_s": ceiling and round(ceiling, 1),
-            "share_of_ceiling": round(tok_s / ceiling, 3) if tok_s and ceiling else None,
+            "share_of_ceiling": round(1e3 / tpot_ms / ceiling, 3) if tpot_ms and ceiling else None,
             "ours_over_it": {our: ratio for our, ratio in ratios.items() if ratio is not None},
         }
+
+    def ours_over_best(self) -> list[dict[str, Any]]:
+        """Each of ours over the best of every family, per scenario, streams and figure.
+
+        Which member of a family is best is decided by its median. Ours with speculation are also compared with ours
+        without.
+        """
+        places = dict.fromkeys((key.scenario, key.streams) for key in self.figures)
+        return [
+            record
+            for scenario, streams in places
+            for our in self.ours
+            for family in dict.fromkeys(self.families.values())
+            for name, figure in COMPARED.items()
+            if (record := self._versus(Key(our, scenario, streams), family, name, figure))
+        ]
+
+    def _versus(self, mine: Key, family: str, name: str, figure: Figure) -> dict[str, Any] | None:
+        members = self.ours[:1] if family == OURS else [n for n, f in self.families.items() if f == family]
+        known = [
+            (median, key)
+            for member in members
+            if member != mine.contender
+            and (median := self.median(key := mine._replace(contender=member), figure)) is not None
+        ]
+        if not known:
+            return None
+        best = max(known)[1]
+        ratio = self.ratio(mine, best, figure)
+        if ratio is None:
+            return None
+        return {**mine._asdict(), "figure": name, "over": family, "best": best.contender, "ratio": ratio}
 
 
 def _cell(value: float | None, pattern: str = "{:.1f}") -> str:
     return "-" if value is None else pattern.format(value)
 
 
-def table(rows: Sequence[Mapping[str, Any]], ours: Sequence[str]) -> Table:
-    """The human-readable report, best tokens/s first within a concurrency."""
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The human-readable report, best tokens/s first within scenario and streams."""
     shown = Table(
-        title="Medians over the rounds", caption="share: of the bandwidth ceiling without speculation"
+        title="Medians over the rounds",
+        caption="share: 1 / time per token, of the bandwidth ceiling without speculation; prefill: prompt "
+        "tokens / TTFT",
     )
-    for name in ("streams", "contender", "tok/s", "TTFT ms", "inter-token ms", "share", "errors"):
-        shown.add_column(name, justify="left" if name == "contender" else "right")
-    for our in ours:
-        shown.add_column(f"{our} / it", justify="right")
-    for row in sorted(rows, key=lambda row: (row["concurrency"], -(row["output_tok_s"] or 0))):
-        speeds = (_cell(row["output_tok_s"]), _cell(row["ttft_ms_p50"]), _cell(row["itl_ms_p50"], "{:.2f}"))
-        share = _cell(row["share_of_ceiling"], "{:.0%}")
-        ratios = (_cell(row["ours_over_it"].get(our), "{:.2f}x") for our in ours)
-        shown.add_row(str(row["concurrency"]), row["contender"], *speeds, share, str(row["errors"]), *ratios)
+    for name in ("prompts", "streams", "contender", "tok/s", "TTFT ms", "ms/token"):
+        shown.add_column(name, justify="left" if name in ("prompts", "contender") else "right")
+    for name in ("prompt tokens", "prefill tok/s", "share", "errors"):
+        shown.add_column(name, justify="right")
+    order = {name: at for at, name in enumerate(dict.fromkeys(row["scenario"] for row in rows))}
+    for row in sorted(
+        rows, key=lambda row: (order[row["scenario"]], row["streams"], -(row["output_tok_s"] or 0))
+    ):
+        shown.add_row(
+            row["scenario"],
+            str(row["streams"]),
+            row["contender"],
+            _cell(row["output_tok_s"]),
+            _cell(row["ttft_ms_p50"]),
+            _cell(row["tpot_ms_p50"], "{:.2f}"),
+            _cell(row["prompt_tokens"], "{:.0f}"),
+            _cell(row["prefill_tok_s"], "{:.0f}"),
+            _cell(row["share_of_ceiling"], "{:.0%}"),
+            str(row["errors"]),
+        )
+    return shown
+
+
+def ratio_table(versus: Sequence[Mapping[str, Any]]) -> Table:
+    """Ours over the best of each family, as ``Board.ours_over_best`` lists it."""
+    shown = Table(title="Ours over the best of each", caption="medians of the rounds' own ratios")
+    for name in ("prompts", "streams", "ours", "figure", "over", "ratio"):
+        shown.add_column(name, justify="right" if name in ("streams", "ratio") else "left")
+    for record in versus:
+        figure = record["figure"].removesuffix("_tok_s").replace("output", "tok/s")
+        place = (record["scenario"], str(record["streams"]), record["contender"], figure)
+        shown.add_row(*place, record["best"], f"{record['ratio']:.2f}x")
     return shown

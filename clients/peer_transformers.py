@@ -1,4 +1,4 @@
-"""transformers ``generate`` as a process: ``python -m paceline.clients.peer_transformers MODEL DTYPE``.
+"""transformers ``generate`` as a process: ``python -m paceline.clients.peer_transformers FOLDER DTYPE``.
 
 Reads one JSON request per line (``messages``, ``max_tokens``), writes one JSON line with its timings: seconds
 from reading the request to each generated token. Greedy, eager, one request at a time, end-of-sequence
@@ -30,15 +30,14 @@ class TokenClock:
 
 
 def load(model: Path, dtype: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a ``.gguf`` file or a checkpoint folder."""
+    """(model, tokenizer) of a checkpoint folder."""
     import torch
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
-    where, options = (model, {}) if model.is_dir() else (model.parent, {"gguf_file": model.name})
     kind = getattr(torch, DTYPES[dtype])
-    lm = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=kind, **options)
-    return lm.eval(), transformers.AutoTokenizer.from_pretrained(where, **options)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=kind)
+    return lm.eval(), transformers.AutoTokenizer.from_pretrained(model)
 
 
 def answer(lm: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +56,7 @@ def answer(lm: Any, tokenizer: Any, request: dict[str, Any]) -> dict[str, Any]:
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
+            repetition_penalty=1.0,  # Some checkpoints' own defaults are not plain greedy.
             streamer=clock,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )

@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import IO, Any
 
 import httpx
 
 from paceline.clients.stats import Sample
-from paceline.clients.stream import Target, first_model, measure, negotiate, new_client
+from paceline.clients.stream import ServerError, Target, first_model, measure, negotiate, new_client
 from paceline.clients.workload import Prompt
 
 START_TIMEOUT_S = 600.0
@@ -42,18 +41,22 @@ class Spec:
     """How to run one contender.
 
     Attributes:
-        weight_format: what a forward reads: a key of ``ceiling.BYTES_PER_WEIGHT`` or ``"stored"``.
+        family: whose it is: ``"ours"``, ``"llama.cpp"``...; ours is compared with the best of each other family.
+        forward_bytes: weight bytes that a forward reads; None if not known.
         port: where its HTTP server listens; None for a worker that talks over its pipes.
         ready_path: answers 200 once the model is loaded.
+        env: environment variables beyond the caller's.
         fields: request fields beyond the common ones.
         max_concurrency: None if it takes any number of streams.
     """
 
     name: str
+    family: str
     argv: Sequence[str]
-    weight_format: str
+    forward_bytes: float | None = None
     port: int | None = None
     ready_path: str = "/health"
+    env: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
     max_concurrency: int | None = None
 
@@ -80,6 +83,7 @@ class Contender:
             stdin=pipe,
             stdout=pipe if self.spec.port is None else self._log,
             stderr=self._log,
+            env={**os.environ, **self.spec.env},
             cwd=tempfile.gettempdir(),  # No configuration file or folder of the caller's may leak in.
             start_new_session=True,  # So that its threads and children are paused and stopped with it.
         )
@@ -104,6 +108,8 @@ class Contender:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        with suppress(ProcessLookupError):  # Children that outlived it; vLLM has some.
+            pass
         for stream in (process.stdin, process.stdout, self._log):
             if stream is not None:
                 with suppress(BrokenPipeError):  # A request that a dead worker never read.
@@ -149,6 +155,12 @@ class HttpContender(Contender):
     _target: Target
 
     async def _wait_ready(self) -> None:
+        try:
+            await self._get_ready()
+        except ServerError as error:
+            raise PeerError(f"{self.spec.name}: {error}") from error
+
+    async def _get_ready(self) -> None:
         base = f"http://127.0.0.1:{self.spec.port}"
         # A paused server misses the end of idle connections, so each request gets a fresh one.
         self._client = new_client(None, timeout_s=START_TIMEOUT_S, keep_alive=False)
@@ -216,37 +228,3 @@ class PipeContender(Contender):
 def contender(spec: Spec) -> Contender:
     """The contender for a spec, not yet started."""
     return PipeContender(spec) if spec.port is None else HttpContender(spec)
-
-
-def paceline_spec(model: str, serve_options: Sequence[str]) -> Spec:
-    """Our own server with the given ``paceline serve`` options, named after them."""
-    port = free_port()
-    argv = (*PACELINE, "serve", model, "--host", "127.0.0.1", "--port", str(port), *serve_options)
-    formats = [value for flag, value in pairwise(serve_options) if flag == "--weights"]
-    name = " ".join(("paceline", *serve_options))
-    return Spec(name, argv, formats[-1] if formats else "unknown", port=port, ready_path="/ready")
-
-
-def llamacpp_spec(gguf: Path, slots: int) -> Spec:
-    """llama.cpp's server on a GGUF file."""
-    port = free_port()
-    argv = (sys.executable, "-m", "paceline.clients.peer_llamacpp", str(gguf), str(port), str(slots))
-    return Spec(f"llama.cpp {gguf.stem.rpartition('.')[2]}", argv, "stored", port=port)
-
-
-def transformers_spec(model: Path, dtype: str) -> Spec:
-    """transformers ``generate`` in fp32 or bf16, one stream."""
-    argv = (sys.executable, "-m", "paceline.clients.peer_transformers", str(model), dtype)
-    return Spec(f"transformers {dtype}", argv, dtype, max_concurrency=1)
-
-
-def pull(model: str) -> Path:
-    """Fetch a model through ``paceline pull`` and return where it lies.
-
-    Raises:
-        PeerError: it cannot be had; carries the command's own line.
-    """
-    done = subprocess.run([*PACELINE, "pull", model, "--json"], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise PeerError(f"paceline pull {model}: {done.stderr.strip() or done.stdout.strip()}")
-    return Path(json.loads(done.stdout.strip().splitlines()[-1])["path"])

@@ -6,6 +6,8 @@ samples were obtained. Times inside are seconds; what is reported is millisecond
 * TTFT: request sent -> first chunk that carries a token.
 * Inter-token latency: the gap between two chunks divided by the tokens of the later one, counted once per
   token, so that a server which sends several tokens in one chunk (speculation) is judged fairly.
+* TPOT (time per output token): mean of a request's inter-token latencies. A server that speculates and sends its
+  tokens in bursts of chunks has a median inter-token latency near 0; this figure tells what its tokens cost.
 * A percentile is the nearest rank. For tokens/s per request p99 is the slow tail: 99% are at least this fast.
 """
 
@@ -60,6 +62,7 @@ class LevelStats:
     output_tok_s: float
     ttft_ms: Percentiles
     itl_ms: Percentiles
+    tpot_ms: Percentiles
     e2e_ms: Percentiles
     request_tok_s: Percentiles
     counted_by: tuple[CountedBy, ...]
@@ -102,6 +105,15 @@ def _ones(values: Iterable[float]) -> list[tuple[float, float]]:
     return [(value, 1.0) for value in values]
 
 
+def _has_gaps(sample: Sample) -> bool:
+    return any(count > 0 for _, count in sample.token_gaps)
+
+
+def _mean_gap_s(sample: Sample) -> float:
+    """Seconds per token after the first chunk."""
+    return sum(gap * count for gap, count in sample.token_gaps) / sum(count for _, count in sample.token_gaps)
+
+
 def summarize(level: str, samples: Sequence[Sample]) -> LevelStats:
     """Sum up one level; ``level`` is its name in the table, such as ``"8"`` or ``"2.5/s"``."""
     good = [sample for sample in samples if sample.error is None]
@@ -120,6 +132,7 @@ def summarize(level: str, samples: Sequence[Sample]) -> LevelStats:
         output_tok_s=round(output_tokens / duration_s, 3) if duration_s else 0.0,
         ttft_ms=_percentiles(_ones(s.ttft_s for s in good if s.ttft_s is not None), 1000),
         itl_ms=_percentiles([gap for sample in good for gap in sample.token_gaps], 1000),
+        tpot_ms=_percentiles(_ones(map(_mean_gap_s, filter(_has_gaps, good))), 1000),
         e2e_ms=_percentiles(_ones(sample.e2e_s for sample in good), 1000),
         request_tok_s=_percentiles(
             _ones(s.output_tokens / s.e2e_s for s in good if s.output_tokens and s.e2e_s),

@@ -42,7 +42,11 @@ def report() -> dict[str, Any]:
             "usable_cores": machine.usable_cores,
             "features": [feature for feature in _FEATURES if feature in machine.cpu_flags],
         },
-        **(_torch_facts(machine) if versions["torch"] else {"devices": None, "executor": None, "auto": None}),
+        **(
+            _torch_facts(machine)
+            if versions["torch"]
+            else {"devices": None, "executor": None, "kernels": None, "auto": None}
+        ),
     }
 
 
@@ -72,11 +76,15 @@ def _version(package: str) -> str | None:
 def _torch_facts(machine: Machine) -> dict[str, Any]:
     import torch
 
+    from paceline.server.models.loader import kernels_wanted
+
     resolved = resolve(PacelineConfig(models=(ModelSpec(name="any", target="any"),)), machine)
+    native = kernels_wanted(resolved.engine.device)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "devices": ["cpu", *(f"cuda:{index} {name}" for index, name in enumerate(names))],
-        "executor": _executor(resolved.engine.device),
+        "executor": "native CPU kernels" if native else _torch_executor(resolved.engine.device),
+        "kernels": _kernels(resolved.engine.device),
         "auto": {
             "device": resolved.engine.device,
             "threads": resolved.engine.threads,
@@ -85,7 +93,17 @@ def _torch_facts(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _executor(device: str) -> str:
+def _kernels(device: str) -> dict[str, str]:
+    """The native library, its instruction set, and what runs each operation of ``paceline.kernels``."""
+    from paceline.kernels.cpu.library import isa_reason
+    from paceline.kernels.dispatch import explain, native_missing
+
+    missing = native_missing()
+    state = {"native library": missing or "present", "instruction set": "none" if missing else isa_reason()}
+    return state | {f"{c.op} {c.format}": c.words for c in explain(device)}
+
+
+def _torch_executor(device: str) -> str:
     """Which of torch's paths multiplies the matrices."""
     import torch
 

@@ -225,10 +225,10 @@ def _curl(url: str, engine: AsyncEngine, *, keyed: bool) -> str:
     """A command line that asks the first model something."""
     name, model = next(iter(engine.models.items()))
     question = "What is the capital of France?"
-    body: dict[str, object]
-    path, body = "completions", {"model": name, "prompt": question}
+    path, asked = "completions", dict[str, object](prompt=question)
     if model.tokenizer.has_chat_template:
-        path, body = "chat/completions", {"model": name, "messages": [{"role": "user", "content": question}]}
+        path, asked = "chat/completions", {"messages": [{"role": "user", "content": question}]}
+    body = {"model": name, **asked, "temperature": 0, "max_tokens": 64}
     key = ' -H "Authorization: Bearer $PACELINE_API_KEY"' if keyed else ""
     data = shlex.quote(json.dumps(body))
     return f"curl {url}/v1/{path} -H 'Content-Type: application/json'{key} -d {data}"

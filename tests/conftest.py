@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import campaign
 import pytest
 import real_models
 import tiny
@@ -19,6 +20,16 @@ import torch
 torch.set_num_threads(1)
 
 TinyCheckpoint = Callable[..., Path]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In a full campaign, what its tests recorded: test, name, value."""
+    reports = [
+        r for some in terminalreporter.stats.values() for r in some if isinstance(r, pytest.TestReport)
+    ]
+    for report in reports if campaign.FULL else ():
+        for name, value in report.user_properties if report.when == "call" else ():
+            terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}  {name} = {value}")
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ The tokenizer maps one byte to one id: 0..255 are bytes, 256 begins a text, 257 
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from paceline.server.engine.interface import EngineState, Load, ModelInfo
+from paceline.server.engine.interface import EngineState, EventStream, Load, ModelInfo
 from paceline.server.engine.request import Request, SpeculationStats, TokenEvent, TokenLogprob
 from paceline.server.errors import InvalidRequestError
 
@@ -121,7 +121,7 @@ class FakeEngine:
 
     Attributes:
         submitted: every request, in order.
-        closed: ids of the requests whose iterator was closed, early or after its end.
+        closed: ids of the requests whose stream was closed, early or after its end.
         finished: ids of the requests whose script ran to its end.
         refuse: raised by ``submit`` once ``accept_first`` requests have been accepted.
     """
@@ -141,7 +141,7 @@ class FakeEngine:
         """Requests that are neither finished nor closed."""
         return {request.id for request in self.submitted} - {*self.closed, *self.finished}
 
-    def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: Request) -> EventStream:
         if self.refuse is not None and len(self.submitted) >= self.accept_first:
             raise self.refuse
         self.submitted.append(request)

@@ -1,4 +1,4 @@
-"""Token events of one API request: several engine iterators merged, and closed together.
+"""Token events of one API request: several engine streams merged, and closed together.
 
 One engine request per prompt; each yields the events of its own choices. Owns their life: whoever leaves
 early, for whatever reason, closes all of them. Knows nothing of wire formats.
@@ -7,10 +7,9 @@ early, for whatever reason, closes all of them. Knows nothing of wire formats.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from paceline.server.api.disconnect import cancel_all
-from paceline.server.engine.interface import AsyncEngine
+from paceline.server.engine.interface import AsyncEngine, EventStream
 from paceline.server.engine.request import Request, TokenEvent, TokenLogprob
 
 #: (index of the prompt, event)
@@ -23,7 +22,7 @@ class MergedEvents:
     Construct it inside a running event loop; ``aclose`` must be called in the end, by whatever way it comes.
     """
 
-    def __init__(self, sources: Sequence[AsyncIterator[TokenEvent]]) -> None:
+    def __init__(self, sources: Sequence[EventStream]) -> None:
         self._sources = sources
         self._arrived: asyncio.Queue[PromptEvent | Exception | None] = asyncio.Queue()
         self._running = len(sources)
@@ -43,11 +42,11 @@ class MergedEvents:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """Cancel what still runs and close every engine iterator; harmless when all have ended."""
+        """Cancel what still runs and close every engine stream; harmless when all have ended."""
         await cancel_all(self._pumps)
         await close_all(self._sources)
 
-    async def _pump(self, prompt: int, source: AsyncIterator[TokenEvent]) -> None:
+    async def _pump(self, prompt: int, source: EventStream) -> None:
         try:
             async for event in source:
                 self._arrived.put_nowait((prompt, event))
@@ -63,7 +62,7 @@ async def submit_all(engine: AsyncEngine, requests: Sequence[Request]) -> Merged
     Raises:
         PacelineError: what the engine refused the first refused request with; the ones before it are closed.
     """
-    sources: list[AsyncIterator[TokenEvent]] = []
+    sources: list[EventStream] = []
     try:
         for request in requests:
             sources.append(engine.submit(request))
@@ -73,10 +72,9 @@ async def submit_all(engine: AsyncEngine, requests: Sequence[Request]) -> Merged
     return MergedEvents(sources)
 
 
-async def close_all(sources: Sequence[AsyncIterator[TokenEvent]]) -> None:
-    """Close engine iterators; one without ``aclose`` has nothing to free."""
-    closers: list[Any] = [getattr(source, "aclose", None) for source in sources]
-    await asyncio.gather(*(close() for close in closers if close is not None), return_exceptions=True)
+async def close_all(sources: Sequence[EventStream]) -> None:
+    """Close engine streams, the rest also when one of them fails."""
+    await asyncio.gather(*(source.aclose() for source in sources), return_exceptions=True)
 
 
 async def with_prompt_logprobs(events: AsyncIterator[PromptEvent]) -> AsyncIterator[PromptEvent]:

@@ -1,7 +1,7 @@
 """From a ``Job`` to its HTTP response, streamed or whole.
 
 Requests are queued before the response begins, so that a refusal has its proper status. Whatever ends the
-response early, a hang-up included, closes every engine iterator of the job.
+response early, a hang-up included, closes every engine stream of the job.
 """
 
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from paceline.server.api.disconnect import until_disconnect
 from paceline.server.api.errors import wire_error
 from paceline.server.api.events import PromptEvent, concatenate, submit_all, with_prompt_logprobs
 from paceline.server.api.middleware import log_failure, request_id_of
-from paceline.server.api.sse import DONE, EventStream, frame
+from paceline.server.api.sse import DONE, SseResponse, frame
 from paceline.server.api.tally import Tally
 from paceline.server.api.translate import Job
 from paceline.server.engine.interface import AsyncEngine
@@ -31,7 +31,7 @@ async def respond(engine: AsyncEngine, job: Job, http: HttpRequest) -> Response:
     merged = await submit_all(engine, job.requests)
     events = with_prompt_logprobs(merged) if job.echoes_logprobs else merged
     if job.stream:
-        return EventStream(_frames(job, events, request_id_of(http.scope)), merged.aclose)
+        return SseResponse(_frames(job, events, request_id_of(http.scope)), merged.aclose)
     try:
         return JSONResponse(await until_disconnect(http.receive, _whole(job, events)))
     finally:

@@ -21,7 +21,7 @@ def frame(payload: dict[str, Any]) -> bytes:
     return b"data: " + text.encode() + b"\n\n"
 
 
-class EventStream(StreamingResponse):
+class SseResponse(StreamingResponse):
     """A ``text/event-stream`` response.
 
     Starlette's own notices a hang-up only when it next sends, or cancels in a way that forbids awaiting in

@@ -1,6 +1,7 @@
 """Replaces "auto" by concrete values, once, before anything is built.
 
-``kv_cache_gib`` stays None: it depends on the loaded models' sizes, which only the engine knows.
+What depends on the models stays for the engine to decide: ``kv_cache_gib`` (None), and ``weights`` on the CPU ("auto"),
+where the model loader measures which format is good enough.
 """
 
 from dataclasses import replace
@@ -12,7 +13,7 @@ from paceline.server.errors import ConfigError
 
 
 def resolve(config: PacelineConfig, machine: Machine | None = None) -> PacelineConfig:
-    """The same configuration with device, threads and weights decided for ``machine`` (default: this one).
+    """The same configuration with device, threads and, on CUDA, weights decided for ``machine`` (default: this one).
 
     Raises:
         ConfigError: CUDA is asked for where there is none.
@@ -23,7 +24,7 @@ def resolve(config: PacelineConfig, machine: Machine | None = None) -> PacelineC
     return replace(
         config,
         engine=replace(config.engine, device=device, threads=threads),
-        models=tuple(replace(model, weights=_weights(model, device, machine)) for model in config.models),
+        models=tuple(replace(model, weights=_weights(model, device)) for model in config.models),
     )
 
 
@@ -35,7 +36,5 @@ def _device(engine: EngineConfig, machine: Machine) -> Literal["cpu", "cuda"]:
     return engine.device
 
 
-def _weights(model: ModelSpec, device: str, machine: Machine) -> Literal["fp32", "bf16"]:
-    if model.weights != "auto":
-        return model.weights
-    return "bf16" if device == "cuda" or machine.cpu_computes_bf16 else "fp32"
+def _weights(model: ModelSpec, device: str) -> Literal["auto", "fp32", "bf16", "int8"]:
+    return "bf16" if model.weights == "auto" and device == "cuda" else model.weights

@@ -86,7 +86,7 @@ class ModelSpec:
     name: str = _key("Name that clients ask for; by default taken from the target.")
     target: str = _key("Catalog name, hf:ORG/NAME[@REV], folder or .gguf file.", flag="MODEL")
     weights: Literal["auto", "fp32", "bf16", "int8"] = _key(
-        "Weight format; auto takes bf16 where the machine computes in it.",
+        "Weight format; auto takes the fastest that is as good as fp32 for this model.",
         "auto",
         refused={"int4": f'{_LATER}; use "auto", "fp32", "bf16" or "int8"'},
     )

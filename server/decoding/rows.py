@@ -1,8 +1,7 @@
 """What the tensor functions of this room need to know about one row of logits.
 
-A row is one position of one choice: where the next token of that choice is about to be chosen, either after
-    all of
-its committed output or after a drafted prefix. Rows carry token ids and parameters only: no tensors, no KV
+A row is one position of one choice: where the next token of that choice is about to be chosen, either after all
+of its committed output or after a drafted prefix. Rows carry token ids and parameters only: no tensors, no KV
 blocks, no HTTP. The engine builds them; nothing here changes them.
 """
 

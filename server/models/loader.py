@@ -5,29 +5,31 @@ Equal checkpoints in equal formats are loaded once and shared. Owns nothing of r
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from paceline.kernels.cpu.executor import DecoderPlan
-from paceline.kernels.cpu.library import KernelsMissing, Pool, library
+from paceline.kernels.cpu.library import IsaUnavailable, Pool, best_isa
 from paceline.kernels.cpu.memory import compact
-from paceline.server.errors import ArtifactError, ConfigError
+from paceline.kernels.dispatch import native_missing
+from paceline.server.config.machine import Machine
+from paceline.server.errors import ConfigError
+from paceline.server.models.auto_weights import decide
 from paceline.server.models.checkpoint import Checkpoint, open_checkpoint
 from paceline.server.models.config import ModelConfig, parse_model_config
 from paceline.server.models.llama import Decoder
-from paceline.server.models.packed_cache import PackedCache
-from paceline.server.models.plan import PlanBuilder
+from paceline.server.models.packer import PackedFormat, Packer
+from paceline.server.models.progress import Progress, default_progress
+from paceline.server.models.tensors import CheckedTensors
 
 _log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Weights = Literal["fp32", "bf16", "int8"]
-#: Called with (tensors done, tensors in all).
-Progress = Callable[[int, int], None]
+Weights = Literal["auto", "fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,22 @@ class ModelLoader:
     Args:
         device: where torch modules go.
         pool: threads of the CPU kernels; None runs torch modules.
-        on_progress: called as tensors are read.
+        progress: where quantizing shows itself; None is a bar on a terminal and log lines elsewhere.
     """
 
     def __init__(
-        self, device: torch.device, pool: Pool | None = None, *, on_progress: Progress | None = None
+        self, device: torch.device, pool: Pool | None = None, *, progress: Progress | None = None
     ) -> None:
         self._device, self._pool = device, pool
-        self._on_progress = on_progress or (lambda done, total: None)
+        self._progress = progress or default_progress()
         self._loaded: dict[tuple[Path, str], LoadedModel] = {}
 
     def load(self, path: Path, weights: Weights) -> LoadedModel:
         """Load a Hugging Face folder or a GGUF file.
+
+        Args:
+            weights: "auto" with the CPU kernels is the fastest format that meets the quality bar; with torch bf16
+                where the device computes in it, else fp32.
 
         Raises:
             UnsupportedModelError: an architecture that the native engine does not run.
@@ -79,76 +85,71 @@ class ModelLoader:
     def _read(self, path: Path, weights: Weights) -> LoadedModel:
         checkpoint = open_checkpoint(path)
         config = parse_model_config(checkpoint.hf_config, where=str(path))
-        kv_dtype = torch.float32 if weights == "fp32" else torch.bfloat16
-        sha = checkpoint.weights_sha256()
+        sha256 = checkpoint.weights_sha256()
         if self._pool is None:
-            if weights == "int8":
-                raise ConfigError(
-                    "--weights int8 needs the native CPU kernels (see paceline info); use bf16 or fp32"
-                )
-            fetch = _Fetcher(checkpoint, config, DTYPES[weights], self._device, self._on_progress)
-            return LoadedModel(
-                f"{sha}/torch-{weights}", path, config, kv_dtype, Decoder(config, fetch).eval()
-            )
-        plan = self._plan(checkpoint, config, sha, weights, self._pool)
-        return LoadedModel(f"{sha}/cpu-{weights}-{self._pool.isa}", path, config, kv_dtype, plan)
+            return self._torch(checkpoint, config, sha256, weights)
+        packer = Packer(checkpoint, config, self._pool, self._progress, sha256)
+        if weights != "auto":
+            return self._native(packer, weights, ())
+        decision = decide(packer)
+        _log.info("weights auto: %s", decision)
+        if decision.format == "mixed":
+            return self._native(packer, "mixed", decision.kept)
+        return self.load(path, decision.format)  # shared with whoever names the format
 
-    def _plan(
-        self, checkpoint: Checkpoint, config: ModelConfig, sha: str, weights: Weights, pool: Pool
-    ) -> DecoderPlan:
-        cache = (
-            PackedCache(sha, weights) if weights == "int8" else None
-        )  # the others pack as fast as they read
-        plan = cache.load(config) if cache is not None else None
-        if plan is None:
-            fetch = _Fetcher(checkpoint, config, torch.float32, torch.device("cpu"), self._on_progress)
-            plan = PlanBuilder(config, fetch, pool, weights).build()
-            if cache is not None:
-                cache.save(plan)
-        return compact(plan)
+    def _torch(
+        self, checkpoint: Checkpoint, config: ModelConfig, sha256: str, weights: Weights
+    ) -> LoadedModel:
+        if weights == "int8":
+            raise ConfigError(
+                "--weights int8 needs the native CPU kernels (see paceline info); use bf16 or fp32"
+            )
+        if weights == "auto":
+            computes_bf16 = self._device.type == "cuda" or Machine().cpu_computes_bf16
+            return self.load(checkpoint.path, "bf16" if computes_bf16 else "fp32")
+        dtype = DTYPES[weights]
+        fetch = CheckedTensors(checkpoint, config, dtype, self._device)
+        key = f"{sha256}/torch-{weights}"
+        return LoadedModel(key, checkpoint.path, config, dtype, Decoder(config, fetch).eval())
+
+    def _native(self, packer: Packer, format: PackedFormat, kept: Sequence[str]) -> LoadedModel:
+        plan = compact(packer.plan(format, kept))
+        name = "+".join([format, *kept]).replace(" ", "-")
+        kv_dtype = torch.float32 if format == "fp32" else torch.bfloat16
+        key = f"{packer.sha256}/cpu-{name}-{packer.pool.isa}"
+        return LoadedModel(key, packer.checkpoint.path, packer.config, kv_dtype, plan)
 
 
 def kernels_wanted(device: str) -> bool:
-    """Whether the native CPU kernels run the models; ``PACELINE_KERNELS=torch`` switches them off.
+    """Whether the native CPU kernels run the models.
 
-    Warns once if they are wanted and missing.
+    ``PACELINE_KERNELS``: ``torch`` switches them off, ``native`` insists on them. Warns once if they are missing.
+
+    Raises:
+        ConfigError: it insists in vain or says something else, or ``PACELINE_ISA`` names what is not here.
     """
-    if device != "cpu" or os.environ.get("PACELINE_KERNELS") == "torch":
+    wanted = os.environ.get("PACELINE_KERNELS") or "auto"
+    if wanted not in ("auto", "torch", "native"):
+        raise ConfigError(f"PACELINE_KERNELS is {wanted!r}; use torch or native, or leave it unset")
+    if device != "cpu" or wanted == "torch":
         return False
+    missing = native_missing()
+    if missing is None:
+        _check_isa()
+        return True
+    if wanted == "native":
+        raise ConfigError(f"PACELINE_KERNELS is native, but {missing}")
+    _warn_missing(missing)
+    return False
+
+
+def _check_isa() -> None:
     try:
-        library()
-    except (KernelsMissing, OSError) as error:
-        _log.warning("running on torch instead of the CPU kernels: %s", error)
-        return False
-    return True
+        best_isa()
+    except IsaUnavailable as error:
+        raise ConfigError(str(error)) from error
 
 
-class _Fetcher:
-    """Hands checkpoint tensors out in the right dtype, on the right device, shapes checked."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        progress: Progress,
-    ) -> None:
-        self._checkpoint, self._config = checkpoint, config
-        self._dtype, self._device = dtype, device
-        self._names = frozenset(checkpoint.tensor_names())
-        self._progress, self._done = progress, 0
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise ArtifactError(f"{self._checkpoint.path}: tensor {name} is missing")
-        tensor = self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
-        expected = self._config.tensor_shape(name)
-        if tuple(tensor.shape) != expected:
-            raise ArtifactError(
-                f"{self._checkpoint.path}: tensor {name} is {tuple(tensor.shape)}, "
-                f"but the configuration says {expected}"
-            )
-        self._done += 1
-        self._progress(self._done, len(self._names))
-        return tensor
+@cache
+def _warn_missing(reason: str) -> None:
+    _log.warning("running on torch instead of the CPU kernels: %s", reason)

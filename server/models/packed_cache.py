@@ -1,12 +1,14 @@
 """Packed weights on disk, so that a model is quantized once: one safetensors file per checkpoint and format.
 
 Files are named after the checkpoint's hash, the format and the layout's version; whatever is unreadable or of another
-shape is made again. Loading maps the file; the loader copies weights out of it.
+shape is made again. Loading maps the file; the loader copies weights out of it. A note beside the plan says what
+was found out about it (``auto_weights``); what it says is not this module's business.
 """
 
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,17 +33,29 @@ class PackedCache:
     def __init__(self, weights_sha256: str, format: str) -> None:
         self.path = cache_dir() / "packed" / f"{weights_sha256}-{format}-v{LAYOUT_VERSION}.safetensors"
 
-    def save(self, plan: DecoderPlan) -> None:
-        """Write atomically; a full disk costs the cache, not the start."""
+    def save(self, plan: DecoderPlan, about: Mapping[str, Any] | None = None) -> None:
+        """Write atomically, with a JSON note on the plan; a full disk costs the cache, not the start."""
         tensors, meta = _flatten(plan)
+        notes = {"plan": json.dumps(meta)} | ({} if about is None else {"about": json.dumps(about)})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
                 part = Path(folder) / "part"
-                save_file(tensors, part, metadata={"plan": json.dumps(meta)})
+                save_file(tensors, part, metadata=notes)
                 part.replace(self.path)
         except (OSError, SafetensorError) as error:
             _log.warning("packed weights are not cached: %s", error)
+
+    def about(self) -> dict[str, Any] | None:
+        """The note that ``save`` was given, without loading the plan; None if there is none."""
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                note = json.loads(file.metadata().get("about", "null"))
+        except (OSError, SafetensorError, AttributeError, ValueError):
+            return None  # an unreadable file has nothing to say; ``load`` says what is wrong with it
+        return note if isinstance(note, dict) else None
 
     def load(self, config: ModelConfig) -> DecoderPlan | None:
         """The cached plan, or None if there is none that can be used."""

@@ -10,7 +10,14 @@ import pytest
 from paceline.server.config import load_config
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "server/README.md", "draftmodels/README.md", "clients/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "server/README.md",
+    "draftmodels/README.md",
+    "clients/README.md",
+    "kernels/README.md",
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMMANDS = PROJECT["entry-points"]["paceline.commands"]
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from paceline.draftmodels.cut import cut_draft
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig
-from paceline.server.engine.build import BuiltEngine, build_native
+from paceline.server.engine.build import build_native
+from paceline.server.engine.native import BuiltEngine
 from paceline.server.engine.request import Request, SpeculationParams
 
 pytestmark = pytest.mark.real

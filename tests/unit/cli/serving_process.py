@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +18,8 @@ from fake_engine import FakeEngine, Scripted, event
 
 from paceline.clients.console import main
 from paceline.server import serving
-from paceline.server.engine.interface import EngineState
-from paceline.server.engine.request import Request, TokenEvent
+from paceline.server.engine.interface import EngineState, EventStream
+from paceline.server.engine.request import Request
 from paceline.server.errors import ArtifactError, UnavailableError
 
 
@@ -55,7 +55,7 @@ class SteeredEngine(FakeEngine):
             yield UnavailableError("the server has stopped", code="stopped")
         yield event(request, 0, "ended", finish_reason="stop")
 
-    def submit(self, request: Request) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: Request) -> EventStream:
         if self._state != "ready":
             raise UnavailableError(f"the server is {self._state}", code=self._state)
         return super().submit(request)

@@ -8,69 +8,33 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from served_process import PATIENCE_SECONDS, ServedProcess
 
 HERE = Path(__file__).parent
-PATIENCE_SECONDS = 60
 
 
-class Process:
-    """A running ``paceline serve``; its output lands in files, so that no pipe fills up."""
+class Process(ServedProcess):
+    """A running ``paceline serve`` over a scripted engine."""
 
     def __init__(self, folder: Path, arguments: tuple[str, ...], options: dict[str, object]) -> None:
-        self.folder = folder
-        command = [sys.executable, str(HERE / "serving_process.py"), str(folder), json.dumps(options)]
         paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-        with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-            self.child = subprocess.Popen(
-                [*command, *arguments],
-                stdout=out,
-                stderr=err,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            )
-
-    @property
-    def out(self) -> str:
-        return (self.folder / "out").read_text()
-
-    @property
-    def err(self) -> str:
-        return (self.folder / "err").read_text()
+        script = [sys.executable, str(HERE / "serving_process.py"), str(folder), json.dumps(options)]
+        super().__init__(folder, [*script, *arguments], PYTHONPATH=os.pathsep.join(filter(None, paths)))
 
     def tell(self, name: str) -> None:
         (self.folder / name).touch()
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something is so; it is a failure if the process ends before."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            assert self.child.poll() is None, f"the process ended: {self.err}"
-            assert time.monotonic() < deadline, f"it never came: {self.err}"
-            time.sleep(0.01)
-
-    @property
-    def url(self) -> str:
-        self.until(lambda: "listening on http" in self.err)
-        return self.err.partition("listening on ")[2].partition(",")[0]  # in text and JSON alike
 
     def ready(self) -> str:
         self.tell("load")
         self.until(lambda: self.status("/ready") == 200)
         return self.url
-
-    def status(self, path: str) -> int:
-        return httpx.get(self.url + path).status_code
-
-    def ends(self) -> int:
-        return self.child.wait(PATIENCE_SECONDS)
 
 
 Start = Callable[..., Process]
@@ -88,8 +52,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     yield start
     for process in started:
-        process.child.kill()
-        process.child.wait()
+        process.kill()
 
 
 def ask(url: str, *, stream: bool = False) -> httpx.Response:
@@ -105,12 +68,6 @@ def running_stream(url: str) -> Iterator[Iterator[str]]:
         lines = (line for line in response.iter_lines() if line)
         assert "begun" in next(lines)
         yield lines
-
-
-def drained(process: Process, sig: signal.Signals = signal.SIGTERM) -> None:
-    """Send the first signal and wait until the process drains."""
-    process.child.send_signal(sig)
-    process.until(lambda: process.status("/ready") == 503)
 
 
 def test_health_answers_while_loading_and_the_rest_is_503(start: Start) -> None:
@@ -135,7 +92,7 @@ def test_the_first_signal_drains(start: Start, sig: signal.Signals) -> None:
     process = start()
     url = process.ready()
     with running_stream(url) as lines:
-        drained(process, sig)
+        process.drained(sig)
         refused = ask(url)
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "draining"
@@ -171,7 +128,7 @@ def test_running_requests_are_cut_when_drain_seconds_are_over(start: Start) -> N
 def test_the_second_signal_leaves_at_once(start: Start, sig: signal.Signals, code: int) -> None:
     process = start("--drain-seconds", "1000")
     with running_stream(process.ready()) as lines:
-        drained(process)
+        process.drained()
         process.child.send_signal(sig)
         assert process.ends() == code
         with pytest.raises(httpx.RemoteProtocolError):
@@ -212,7 +169,7 @@ def test_an_engine_that_fails_ends_the_process(start: Start) -> None:
 def test_an_engine_that_fails_while_draining_ends_the_process(start: Start) -> None:
     process = start("--drain-seconds", "1000")
     with running_stream(process.ready()):
-        drained(process)
+        process.drained()
         process.tell("fail")
         assert process.ends() == 1
 

@@ -133,6 +133,7 @@ def test_summary_of_a_level() -> None:
     assert stats.output_tok_s == pytest.approx(60 / 9.5, abs=1e-3)
     assert stats.ttft_ms == Percentiles(500.0, 700.0)
     assert stats.itl_ms == Percentiles(100.0, 300.0)
+    assert stats.tpot_ms == Percentiles(150.0, 150.0)  # 0.6 s for 4 tokens; the median gap is 0.1 s
     assert stats.e2e_ms == Percentiles(2000.0, 4000.0)
     assert stats.request_tok_s == Percentiles(5.0, 5.0)  # 20 and 5 tok/s: nearest rank, and the slow tail
     assert stats.counted_by == ("usage",)

@@ -63,7 +63,7 @@ class _Counting(list[int]):
 
     reads = 0
 
-    def __getitem__(self, key):  # type: ignore[no-untyped-def]
+    def __getitem__(self, key):
         value = super().__getitem__(key)
         self.reads += len(value) if isinstance(key, slice) else 1
         return value

@@ -30,14 +30,15 @@ def plain(name: str, p: list[float], q: list[float]) -> float:
     alpha = sum(min(x, y) for x, y in zip(p, q, strict=True))
     m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
     lam = math.exp(-3 * alpha)
-    return {
+    values: dict[str, float] = {
         "fkl": kl(p, q),
         "rkl": kl(q, p),
         "jsd": (kl(p, m) + kl(q, m)) / 2,
         "tvd": sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2,
         "lk": -math.log(alpha),
         "lk-hybrid": lam * kl(p, q) + (1 - lam) * (1 - alpha),
-    }[name]
+    }
+    return values[name]
 
 
 @pytest.mark.parametrize("name", LOSSES)

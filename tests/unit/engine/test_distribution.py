@@ -2,18 +2,18 @@
 
 Target and draft are lookup tables over six tokens whose logits depend on the last two tokens, read back through the
 block tables. The joint distribution of three consecutive output tokens (the second to the fourth, so that blocks of
-every length are in it) is compared with the exact one by chi-square. ``PACELINE_CAMPAIGN=full`` (``make study``)
-takes 200,000 samples a case, the ordinary suite a twentieth.
+every length are in it) is compared with the exact one by chi-square. ``make study`` takes 200,000 samples a case and
+prints the p-values, the ordinary suite a twentieth.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from campaign import size
 from engines import request, submit, table_engine
 from statistics_helpers import Floats, joint_chi_square, joint_counts, joint_probabilities
 
@@ -28,8 +28,10 @@ from paceline.server.engine.request import SamplingParams, SpeculationParams
 
 VOCAB, DEPTH = 6, 3
 PROMPT = (0, 1, 2, 3, 1, 2)
-SAMPLES = 200_000 if os.environ.get("PACELINE_CAMPAIGN") == "full" else 10_000
+SAMPLES = size(200_000)
 PASSES, REJECTED = 1e-4, 1e-6
+
+Record = Callable[[str, object], None]
 
 WARPINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -53,8 +55,7 @@ def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def exact_joint(target: np.ndarray, sampling: dict[str, Any]) -> Floats:
     """Probabilities of output tokens 2-4, summed over the first."""
-    params = SamplingParams(temperature=sampling.get("temperature", 1.0)) if not sampling else None
-    params = params or SamplingParams(**{"temperature": 1.0, **sampling})
+    params = SamplingParams(**sampling)
 
     def next_probs(output: tuple[int, ...]) -> Floats:
         context = [*PROMPT, *output]
@@ -62,7 +63,8 @@ def exact_joint(target: np.ndarray, sampling: dict[str, Any]) -> Floats:
         row = Row(params, PROMPT, list(output), (), 0, len(context))
         return np.asarray(probabilities(process(logits, [row]), [row])[0].double().numpy())
 
-    return joint_probabilities(next_probs, VOCAB, DEPTH + 1).sum(axis=0)
+    joint: Floats = joint_probabilities(next_probs, VOCAB, DEPTH + 1).sum(axis=0)
+    return joint
 
 
 def p_value(
@@ -72,23 +74,22 @@ def p_value(
     draft: str = "draft",
     warping: str = "plain",
     samples: int = SAMPLES,
-    **extra: Any,
+    seeded: bool = False,
 ) -> float:
     target, draft_table = tables()
-    sampling = {"temperature": 1.0, **WARPINGS[warping]}
+    sampling: dict[str, Any] = {"temperature": 1.0, **WARPINGS[warping]}
     engine = table_engine(target, draft_table, max_draft_tokens=length, rule=rule, seed=length)
     wish = SpeculationParams(draft=draft)
-    seeds = iter(range(10**9))
     requests = [
         request(
             PROMPT,
             n=128,
             max_tokens=DEPTH + 2 + length,
             speculation=wish,
+            seed=number if seeded else None,
             **sampling,
-            **({"seed": next(seeds)} if extra.get("seeded") else {}),
         )
-        for _ in range(-(-samples // 128))
+        for number in range(-(-samples // 128))
     ]
     outputs: dict[tuple[str, int], list[int]] = {}
     submit(engine, *requests)
@@ -103,17 +104,21 @@ def p_value(
 @pytest.mark.parametrize("warping", WARPINGS)
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_draft_model_keeps_the_distribution(length, rule, warping):
-    assert p_value(length=length, rule=rule, warping=warping) > PASSES
+def test_draft_model_keeps_the_distribution(length, rule, warping, record_property: Record):
+    p = p_value(length=length, rule=rule, warping=warping)
+    record_property("p", f"{p:.4f}")
+    assert p > PASSES
 
 
 @pytest.mark.parametrize(
     ("rule", "warping", "seeded"),
     [("token", "penalties", False), ("block", "cold, top_k, top_p", False), ("block", "plain", True)],
 )
-def test_ngram_and_seeded_requests_keep_the_distribution(rule, warping, seeded):
+def test_ngram_and_seeded_requests_keep_the_distribution(rule, warping, seeded, record_property: Record):
     draft = "draft" if seeded else "ngram"
-    assert p_value(length=3, rule=rule, warping=warping, draft=draft, seeded=seeded) > PASSES
+    p = p_value(length=3, rule=rule, warping=warping, draft=draft, seeded=seeded)
+    record_property("p", f"{p:.4f}")
+    assert p > PASSES
 
 
 def _residual_from_p(p, q, accepted, scale):
@@ -167,10 +172,12 @@ MUTANTS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_the_same_check_rejects_wrong_engines(name, monkeypatch):
+def test_the_same_check_rejects_wrong_engines(name, monkeypatch, record_property: Record):
     owner, attribute, mutant, case = MUTANTS[name]
     monkeypatch.setattr(owner, attribute, mutant)
-    assert p_value(**{"length": 3, "samples": 10_000, **case}) < REJECTED
+    p = p_value(**{"length": 3, "samples": 10_000, **case})
+    record_property("p", f"{p:.1e}")
+    assert p < REJECTED
 
 
 def test_a_wrong_verdict_in_the_coupled_rule_is_rejected(monkeypatch):

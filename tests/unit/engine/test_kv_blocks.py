@@ -77,7 +77,8 @@ def test_prefix_caching_can_be_switched_off():
 def test_random_use_never_leaks_nor_aliases(seed):
     """Model: what each block was last computed for; a reused block must hold that prefix."""
     rng = random.Random(seed)
-    blocks, live = KvBlocks(24), []
+    blocks = KvBlocks(24)
+    live: list[tuple[BlockTable, list[int]]] = []
     content: dict[int, tuple[str, tuple[int, ...]]] = {}
     for _ in range(400):
         if live and rng.random() < 0.45:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from engines import Recorder, ids, request, spec
@@ -14,7 +15,7 @@ from paceline.server.errors import EngineError, ModelNotFoundError, QueueFullErr
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-LONG = {"max_tokens": 400, "ignore_eos": True}
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_drain_times_out_and_stop_ends_streams_with_an_error(build):
 def test_a_failing_step_fails_every_stream_and_the_engine(build):
     async def main() -> None:
         def broken() -> BuiltEngine:
-            built = build()
+            built: BuiltEngine = build()
 
             def step() -> list[tuple[str, TokenEvent]]:
                 raise RuntimeError("out of luck")

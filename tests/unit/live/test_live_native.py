@@ -123,6 +123,7 @@ def test_own_client_exposes_speculation_statistics(live: Live) -> None:
     stats = answer.speculation
     assert stats is not None
     assert stats.num_draft_tokens > 0
+    assert stats.mean_acceptance_length is not None
     assert 1 <= stats.mean_acceptance_length <= 3
     assert len(stats.acceptance_histogram) == 3
 
@@ -199,7 +200,7 @@ BAD: list[bytes | dict[str, Any]] = [
 def test_bad_input_is_a_4xx_in_the_openai_shape(live: Live, body: bytes | dict[str, Any]) -> None:
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
     headers = {"content-type": "application/json"}
-    answer = httpx.post(live.url + "/v1/completions", headers=headers, timeout=60, **content)  # type: ignore[arg-type]
+    answer = httpx.post(live.url + "/v1/completions", headers=headers, timeout=60, **content)
     assert 400 <= answer.status_code < 500, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 

@@ -3,11 +3,12 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ARCHS, write_tiny_checkpoint
+from tiny import ARCHS, Arch, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from paceline.server.engine.batch import Batch
@@ -29,7 +30,7 @@ SCALED = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
 }
-CASES = [(arch, {}) for arch in ARCHS] + [
+CASES: list[tuple[Arch, dict[str, Any]]] = [(arch, {}) for arch in ARCHS] + [
     ("llama", {"rope_scaling": SCALED["linear"]}),
     ("llama", {"rope_scaling": SCALED["llama3"]}),
     ("qwen2", {"rope_scaling": SCALED["yarn"]}),

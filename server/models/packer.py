@@ -1,0 +1,78 @@
+"""One checkpoint's plans for the CPU executor: packed in a format, or taken from the packed cache.
+
+"mixed" is int8 with the parts that ``auto_weights`` named left in bf16. Only what takes long to pack is cached:
+int8 and mixed; fp32 and bf16 pack as fast as they can be read.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Literal
+
+from paceline.kernels.cpu.executor import DecoderPlan
+from paceline.kernels.cpu.library import Pool
+from paceline.kernels.formats import Format
+from paceline.server.models.checkpoint import Checkpoint
+from paceline.server.models.config import ModelConfig
+from paceline.server.models.packed_cache import PackedCache
+from paceline.server.models.plan import PlanBuilder
+from paceline.server.models.progress import Progress
+from paceline.server.models.tensors import CheckedTensors, total_bytes
+
+PackedFormat = Literal["fp32", "bf16", "int8", "mixed"]
+#: What a mixed plan can keep in bf16: a kind of linear in every block, the head, or all linears of one block.
+LINEARS = ("qkv", "output", "gate_up", "down")
+HEAD, FIRST, LAST = "head", "first block", "last block"
+PARTS = (*LINEARS, HEAD, FIRST, LAST)
+
+
+class Packer:
+    """Packs one checkpoint.
+
+    Args:
+        progress: where quantizing shows itself.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, pool: Pool, progress: Progress, sha256: str
+    ) -> None:
+        self.checkpoint, self.config, self.pool = checkpoint, config, pool
+        self._progress, self.sha256 = progress, sha256
+
+    def cache(self, format: PackedFormat) -> PackedCache:
+        """The cache file of this checkpoint in a format."""
+        return PackedCache(self.sha256, format)
+
+    def plan(self, format: PackedFormat, kept: Sequence[str] = ()) -> DecoderPlan:
+        """The checkpoint in ``format``.
+
+        Args:
+            kept: names from ``PARTS`` that stay in bf16, for "mixed".
+        """
+        if format in ("fp32", "bf16"):
+            return self._pack(format)
+        cache = self.cache(format)
+        about = {"kept": list(kept)} if format == "mixed" else None
+        plan = cache.load(self.config) if about is None or cache.about() == about else None
+        if plan is None:
+            plan = self._pack("int8") if format == "int8" else mix(self.plan("int8"), self.plan("bf16"), kept)
+            cache.save(plan, about)
+        return plan
+
+    def _pack(self, format: Format) -> DecoderPlan:
+        label, size = f"quantizing {self.checkpoint.path.name} to int8", total_bytes(self.config)
+        shown = self._progress.task(label, size) if format == "int8" else nullcontext(lambda done: None)
+        with shown as update:
+            fetch = CheckedTensors(self.checkpoint, self.config, update=update)
+            return PlanBuilder(self.config, fetch, self.pool, format).build()
+
+
+def mix(int8: DecoderPlan, bf16: DecoderPlan, kept: Sequence[str]) -> DecoderPlan:
+    """``int8`` with the linears that ``kept`` names taken from ``bf16``."""
+    blocks = {FIRST: 0, LAST: len(int8.layers) - 1}
+    whole = {blocks[name] for name in kept if name in blocks}
+    layers = []
+    for index, (small, large) in enumerate(zip(int8.layers, bf16.layers, strict=True)):
+        names = LINEARS if index in whole else [name for name in LINEARS if name in kept]
+        layers.append(replace(small, **{name: getattr(large, name) for name in names}))
+    return replace(int8, layers=tuple(layers), head=bf16.head if HEAD in kept else int8.head)

@@ -1,0 +1,64 @@
+"""Checkpoint tensors by Hugging Face name, as whoever builds a decoder wants them: dtype, device, checked shape.
+
+Knows nothing of what the tensors become. Progress is counted in bytes of fp32, whatever the checkpoint stores.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from paceline.server.errors import ArtifactError
+from paceline.server.models.checkpoint import Checkpoint
+from paceline.server.models.config import ModelConfig
+from paceline.server.models.progress import Update
+
+_FP32_BYTES = 4
+
+
+class CheckedTensors:
+    """A ``Fetch``: call it with a name.
+
+    Args:
+        update: called with the bytes handed out so far; a tensor fetched twice counts twice.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        update: Update = lambda done: None,
+    ) -> None:
+        self._checkpoint, self._config = checkpoint, config
+        self._dtype, self._device = dtype, device or torch.device("cpu")
+        self._names = frozenset(checkpoint.tensor_names())
+        self._update, self._done_bytes = update, 0
+
+    def __call__(self, name: str) -> Tensor:
+        """One tensor.
+
+        Raises:
+            ArtifactError: it is missing or has another shape than the configuration says.
+        """
+        if name not in self._names:
+            raise ArtifactError(f"{self._checkpoint.path}: tensor {name} is missing")
+        tensor = self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
+        expected = self._config.tensor_shape(name)
+        if tuple(tensor.shape) != expected:
+            raise ArtifactError(
+                f"{self._checkpoint.path}: tensor {name} is {tuple(tensor.shape)}, "
+                f"but the configuration says {expected}"
+            )
+        self._done_bytes += tensor.numel() * _FP32_BYTES
+        self._update(self._done_bytes)
+        return tensor
+
+
+def total_bytes(config: ModelConfig) -> int:
+    """fp32 bytes of the decoder's matrices; norms and biases do not show on a progress bar."""
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    block = sum(math.prod(config.tensor_shape(f"{part}.weight")) for part in parts)
+    tables = (1 if config.tied_head else 2) * config.vocab_size * config.hidden_size
+    return (config.num_layers * block + tables) * _FP32_BYTES
