@@ -109,7 +109,7 @@ class Contender:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         with suppress(ProcessLookupError):  # Children that outlived it; vLLM has some.
-            pass
+            os.killpg(process.pid, signal.SIGKILL)
         for stream in (process.stdin, process.stdout, self._log):
             if stream is not None:
                 with suppress(BrokenPipeError):  # A request that a dead worker never read.
