@@ -199,8 +199,8 @@ def test_an_unknown_variable_or_flag_names_the_nearest_known() -> None:
         ("[[models]]\nname = 'a'", "models[0]: target is missing"),
         ("[[models]]\ntarget = 'a'\nname = ' '", "models[0].name: expected a text that is not empty"),
         (
-            "[[models]]\ntarget = 'a'\nweights = 'int8'",
-            'models[0].weights: "int8" is not available in this version',
+            "[[models]]\ntarget = 'a'\nweights = 'int4'",
+            'models[0].weights: "int4" is not available in this version',
         ),
         ("[[models]]\ntarget = 'a'\n[[models.steering]]", "models[0].steering: steering is not available"),
         ("[[models]]\ntarget = 'a'\nspeculation = 1", "models[0].speculation: expected a table, got 1"),

@@ -161,6 +161,7 @@ def test_auto_keeps_parts_in_bf16_where_int8_misses_the_bar(
     assert plain is not None
     monkeypatch.setattr(auto_weights, "_RULES", 100)
     bar(monkeypatch, plain.kl_nats * 0.7)
+    caplog.clear()
     model = native().load(folder, "auto")
     assert formats(model) == {"int8", "bf16"}
     assert "cpu-mixed+" in model.key
@@ -237,7 +238,6 @@ def test_auto_with_torch(
     model = loader.load(tiny_checkpoint("llama"), "auto")
     assert isinstance(model.weights, Decoder)
     assert model.kv_dtype == expected
-    assert {p.dtype for p in model.weights.parameters()} == {expected}
     assert loader.load(tiny_checkpoint("llama"), "bf16" if flags else "fp32") is model
 
 

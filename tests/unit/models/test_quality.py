@@ -89,14 +89,14 @@ def test_mix_takes_what_is_named(tiny_checkpoint: TinyCheckpoint, two: Pool) -> 
 
 
 def test_the_bar() -> None:
-    met = Quality(0.02, 10.1, 10.0, 0.9, 100)
+    met = Quality(0.02, 10.099, 10.0, 0.9, 100)
     assert met.good
-    assert met.perplexity_change == pytest.approx(0.01)
+    assert met.perplexity_change == pytest.approx(0.0099)
     assert not replace(met, kl_nats=0.0201).good
     assert not replace(met, perplexity=10.11).good
     assert not replace(met, perplexity=9.89).good  # other text than fp32's is no better for being likelier
     assert replace(met, perplexity=9.91, top1_agreement=0.0).good
-    assert str(met) == "KL 0.0200, perplexity +1.00%, top-1 90.0%"
+    assert str(met) == "KL 0.0200, perplexity +0.99%, top-1 90.0%"
     assert Quality(**json.loads(json.dumps(met.as_dict()))) == met
 
 
