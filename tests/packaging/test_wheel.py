@@ -43,14 +43,16 @@ def test_only_the_umbrella_package_is_at_the_top(installed_wheel: InstalledWheel
 
 
 def test_every_source_file_is_in_the_wheel(installed_wheel: InstalledWheel) -> None:
-    """Modules and the data beside them (catalog, native sources), but neither documents nor build results."""
+    """Modules and the data beside them (catalog, native sources), but no documents, bench records or builds."""
     files = {path for path in files_in(installed_wheel.file) if path.parts[0] == "paceline"}
     inside = {path for path in files if path.suffix != ".so"}
     wanted = {
         PurePosixPath("paceline", path.relative_to(ROOT).as_posix())
         for top in ("server", "kernels", "draftmodels", "clients")
         for path in (ROOT / top).rglob("*")
-        if path.is_file() and path.suffix not in (".md", ".pyc", ".so", ".o")
+        if path.is_file()
+        and path.suffix not in (".md", ".pyc", ".so", ".o")
+        and path.parent.name != "results"
     }
     assert PurePosixPath("paceline/server/models/catalog.toml") in wanted
     assert inside == wanted

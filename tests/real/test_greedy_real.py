@@ -65,6 +65,7 @@ def check_greedy(logits: torch.Tensor, output: list[int], label: str) -> int:
     return int((gaps > 0).sum())
 
 
+@pytest.mark.timeout(1800)  # minutes of fp32 on two idle cores, many more on busy ones
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_equals_transformers_and_speculation_changes_nothing(
     name: str, real_model: Callable[[str], Path], tmp_path: Path

@@ -48,11 +48,12 @@ def coarse(packer: Packer, bits: int) -> DecoderPlan:
     tensors, levels = CheckedTensors(packer.checkpoint, packer.config), 2 ** (bits - 1) - 1
 
     def rounded(name: str) -> torch.Tensor:
-        weight = tensors(name)
+        weight: torch.Tensor = tensors(name)
         if weight.dim() != 2 or "embed" in name:
             return weight
         scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-8) / levels
-        return (weight / scale).round() * scale
+        coarser: torch.Tensor = (weight / scale).round() * scale
+        return coarser
 
     return PlanBuilder(packer.config, rounded, packer.pool, "int8").build()
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import TinyCheckpoint
 from native_kernels import pool, require_native
 
 from paceline.kernels.cpu.executor import DecoderPlan
+from paceline.kernels.formats import PackedLinear
 from paceline.server.config.machine import Machine
 from paceline.server.errors import ArtifactError, ConfigError
 from paceline.server.models import auto_weights, packer, quality
@@ -20,7 +22,9 @@ from paceline.server.models.auto_weights import Decision
 from paceline.server.models.llama import Decoder
 from paceline.server.models.loader import LoadedModel, ModelLoader
 from paceline.server.models.packed_cache import PackedCache
+from paceline.server.models.plan import PlanBuilder
 from paceline.server.models.quality import Judge, Quality
+from paceline.server.models.tensors import total_bytes
 
 CPU = torch.device("cpu")
 
@@ -96,7 +100,7 @@ def test_quantizing_is_shown_and_done_once(
     assert done == sorted(done)
     assert total * 0.98 < done[-1] < total * 1.02  # norms and biases are not in the total
     again = Shown()
-    forbid(monkeypatch, packer.PlanBuilder, "build")
+    forbid(monkeypatch, PlanBuilder, "build")
     second = native(again).load(folder, "int8")
     assert again.tasks == {}
     assert isinstance(first.weights, DecoderPlan)
@@ -170,20 +174,49 @@ def test_auto_keeps_parts_in_bf16_where_int8_misses_the_bar(
     assert " in bf16, KL " in chosen[0]
     assert cached(own_cache) == ["int8", "mixed"]
     forbid(monkeypatch, Judge, "measure")
-    forbid(monkeypatch, packer.PlanBuilder, "build")
+    forbid(monkeypatch, PlanBuilder, "build")
     again = native().load(folder, "auto")
     assert again.key == model.key
     assert formats(again) == {"int8", "bf16"}
     assert formats(native().load(folder, "int8")) == {"int8"}
 
 
+@pytest.mark.parametrize("culprit", ["down", "head"])
+def test_the_part_that_hurts_is_the_part_that_is_kept(
+    culprit: str, tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("llama")
+    bar(monkeypatch, 0.02)
+    packed = _packer(folder)
+    int8, bf16 = packed.plan("int8"), packed.plan("bf16")
+    if culprit == "head":
+        bad = replace(int8, head=_emptied(int8.head))
+    else:
+        layers = [replace(layer, down=_emptied(layer.down)) for layer in int8.layers]
+        bad = replace(int8, layers=tuple(layers))
+    judge = Judge(packed.plan("fp32"), auto_weights.calibration_windows(packed), packed.pool)
+    assert not judge.measure(bad).good
+    decision = auto_weights._search(judge, bad, bf16, "fp32")
+    assert (decision.format, decision.kept) == ("mixed", (culprit,))
+
+
+def _emptied(linear: PackedLinear) -> PackedLinear:
+    """The same layer with nothing in it."""
+    assert linear.scale is not None
+    return replace(linear, scale=torch.zeros_like(linear.scale))
+
+
 def _packer(folder: Path) -> packer.Packer:
     """As the loader makes it."""
     made: list[packer.Packer] = []
-    loader = native()
+
+    def decide(given: packer.Packer) -> Decision:
+        made.append(given)
+        return Decision("int8")
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("paceline.server.models.loader.decide", lambda p: made.append(p) or Decision("int8"))
-        loader.load(folder, "auto")
+        patch.setattr("paceline.server.models.loader.decide", decide)
+        native().load(folder, "auto")
     return made[0]
 
 
@@ -216,9 +249,9 @@ def test_comparison_takes_bf16_or_nothing_where_memory_is_short(
 ) -> None:
     bar(monkeypatch, 1.0)
     packed = _packer(tiny_checkpoint("llama"))
-    size = auto_weights.total_bytes(packed.config)
+    size = total_bytes(packed.config)
     free = SimpleNamespace(available=share * size / auto_weights._FREE_SHARE)
-    monkeypatch.setattr(auto_weights.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     decision = auto_weights.decide(packed)
     assert decision.format == "int8"
     if expected is None:

@@ -58,6 +58,11 @@ def test_the_figures_are_those_of_a_plain_computation(tiny_checkpoint: TinyCheck
     assert quality.reference_perplexity == pytest.approx(reference, rel=1e-4)
     assert quality.top1_agreement == pytest.approx(top1, abs=2.5 / quality.positions)  # fp16 makes ties
     assert judge.measure(int8, windows=2).positions == 200
+    other = load_plan(tiny_checkpoint("qwen2", 1), "fp32")  # so far off that the direction of the KL shows
+    assert judge.measure(other).kl_nats == pytest.approx(plainly(other, fp32, windows, two)[0], rel=1e-3)
+    assert plainly(fp32, other, windows, two)[0] != pytest.approx(
+        plainly(other, fp32, windows, two)[0], rel=0.01
+    )
 
 
 def test_formats_are_ranked_as_they_should_be(tiny_checkpoint: TinyCheckpoint, two: Pool) -> None:
