@@ -5,7 +5,6 @@ on the built-in text; the decision and its figures live in the metadata of the i
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from paceline.server.models.tokenizer import load_tokenizer
 _log = logging.getLogger(__name__)
 #: Raised when the bar, the text or the search change: decisions made before are then made again.
 _RULES = 1
+_NOTE = "decision"
 _WINDOWS = 8
 #: The search for parts to keep measures every part on this many windows, then whole candidates on all of them.
 _SEARCH_WINDOWS = 2
@@ -50,14 +50,13 @@ class Decision:
 
 def decide(packer: Packer) -> Decision:
     """The stored decision, or a new one, which is stored."""
-    cache = packer.cache("int8")
-    stored = _restore(cache.about())
+    stored = _restore(packer.cache("int8").note(_NOTE))
     if stored is not None:
         return stored
     int8 = packer.plan("int8")
     decision = _measure(packer, int8)
     if decision.quality is not None or decision.format == "bf16":
-        cache.save(int8, _describe(decision))
+        packer.save(int8, "int8", {_NOTE: _describe(decision)})
     return decision
 
 
@@ -135,8 +134,8 @@ def _describe(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _restore(about: Mapping[str, Any] | None) -> Decision | None:
-    if about is None or about.get("rules") != _RULES:
+def _restore(about: Any) -> Decision | None:
+    if not isinstance(about, dict) or about.get("rules") != _RULES:
         return None
     quality = None if about["quality"] is None else Quality(**about["quality"])
     return Decision(about["format"], tuple(about["kept"]), quality, about["reference"])

@@ -19,11 +19,13 @@ from paceline.kernels.cpu.memory import compact
 from paceline.kernels.dispatch import native_missing
 from paceline.server.config.machine import Machine
 from paceline.server.errors import ConfigError
+from paceline.server.models import config_note
 from paceline.server.models.auto_weights import decide
 from paceline.server.models.checkpoint import Checkpoint, open_checkpoint
 from paceline.server.models.config import ModelConfig, parse_model_config
 from paceline.server.models.llama import Decoder
-from paceline.server.models.packer import PackedFormat, Packer
+from paceline.server.models.packed_cache import PackedCache
+from paceline.server.models.packer import CONFIG, PackedFormat, Packer
 from paceline.server.models.progress import Progress, default_progress
 from paceline.server.models.tensors import CheckedTensors
 
@@ -84,8 +86,8 @@ class ModelLoader:
 
     def _read(self, path: Path, weights: Weights) -> LoadedModel:
         checkpoint = open_checkpoint(path)
-        config = parse_model_config(checkpoint.hf_config, where=str(path))
         sha256 = checkpoint.weights_sha256()
+        config = _known_config(checkpoint, sha256)
         if self._pool is None:
             return self._torch(checkpoint, config, sha256, weights)
         packer = Packer(checkpoint, config, self._pool, self._progress, sha256)
@@ -118,6 +120,12 @@ class ModelLoader:
         kv_dtype = torch.float32 if format == "fp32" else torch.bfloat16
         key = f"{packer.sha256}/cpu-{name}-{packer.pool.isa}"
         return LoadedModel(key, packer.checkpoint.path, packer.config, kv_dtype, plan)
+
+
+def _known_config(checkpoint: Checkpoint, sha256: str) -> ModelConfig:
+    """Noted beside the packed weights, or parsed."""
+    known = config_note.restore(PackedCache(sha256, "int8").note(CONFIG), checkpoint.hf_config)
+    return known or parse_model_config(checkpoint.hf_config, where=str(checkpoint.path))
 
 
 def kernels_wanted(device: str) -> bool:

@@ -1,8 +1,8 @@
 """Packed weights on disk, so that a model is quantized once: one safetensors file per checkpoint and format.
 
 Files are named after the checkpoint's hash, the format and the layout's version; whatever is unreadable or of another
-shape is made again. Loading maps the file; the loader copies weights out of it. A note beside the plan says what
-was found out about it (``auto_weights``); what it says is not this module's business.
+shape is made again. Loading maps the file; the loader copies weights out of it. Notes beside the plan
+say what was found out about it; what they say is not this module's business.
 """
 
 import json
@@ -24,7 +24,7 @@ from paceline.server.models.sources import cache_dir
 
 _log = logging.getLogger(__name__)
 #: Raised whenever the packed layout or the quantization changes.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 
 class PackedCache:
@@ -33,29 +33,28 @@ class PackedCache:
     def __init__(self, weights_sha256: str, format: str) -> None:
         self.path = cache_dir() / "packed" / f"{weights_sha256}-{format}-v{LAYOUT_VERSION}.safetensors"
 
-    def save(self, plan: DecoderPlan, about: Mapping[str, Any] | None = None) -> None:
-        """Write atomically, with a JSON note on the plan; a full disk costs the cache, not the start."""
+    def save(self, plan: DecoderPlan, notes: Mapping[str, Any] | None = None) -> None:
+        """Write atomically, with JSON notes by name; a full disk costs the cache, not the start."""
         tensors, meta = _flatten(plan)
-        notes = {"plan": json.dumps(meta)} | ({} if about is None else {"about": json.dumps(about)})
+        about = {f"note.{name}": json.dumps(note) for name, note in (notes or {}).items()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
                 part = Path(folder) / "part"
-                save_file(tensors, part, metadata=notes)
+                save_file(tensors, part, metadata={"plan": json.dumps(meta)} | about)
                 part.replace(self.path)
         except (OSError, SafetensorError) as error:
             _log.warning("packed weights are not cached: %s", error)
 
-    def about(self) -> dict[str, Any] | None:
-        """The note that ``save`` was given, without loading the plan; None if there is none."""
+    def note(self, name: str) -> Any:
+        """A note that ``save`` was given, without loading the plan; None if there is none."""
         if not self.path.exists():
             return None
         try:
             with safe_open(self.path, "pt") as file:
-                note = json.loads(file.metadata().get("about", "null"))
+                return json.loads(file.metadata().get(f"note.{name}", "null"))
         except (OSError, SafetensorError, AttributeError, ValueError):
             return None  # an unreadable file has nothing to say; ``load`` says what is wrong with it
-        return note if isinstance(note, dict) else None
 
     def load(self, config: ModelConfig) -> DecoderPlan | None:
         """The cached plan, or None if there is none that can be used."""

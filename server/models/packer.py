@@ -4,14 +4,15 @@
 int8 and mixed; fp32 and bf16 pack as fast as they can be read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import Format
+from paceline.server.models import config_note
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import ModelConfig
 from paceline.server.models.packed_cache import PackedCache
@@ -24,6 +25,8 @@ PackedFormat = Literal["fp32", "bf16", "int8", "mixed"]
 LINEARS = ("qkv", "output", "gate_up", "down")
 HEAD, FIRST, LAST = "head", "first block", "last block"
 PARTS = (*LINEARS, HEAD, FIRST, LAST)
+#: Names of notes beside packed weights.
+CONFIG, _KEPT = "config", "kept"
 
 
 class Packer:
@@ -52,12 +55,16 @@ class Packer:
         if format in ("fp32", "bf16"):
             return self._pack(format)
         cache = self.cache(format)
-        about = {"kept": list(kept)} if format == "mixed" else None
-        plan = cache.load(self.config) if about is None or cache.about() == about else None
+        plan = cache.load(self.config) if format == "int8" or cache.note(_KEPT) == list(kept) else None
         if plan is None:
             plan = self._pack("int8") if format == "int8" else mix(self.plan("int8"), self.plan("bf16"), kept)
-            cache.save(plan, about)
+            self.save(plan, format, {} if format == "int8" else {_KEPT: list(kept)})
         return plan
+
+    def save(self, plan: DecoderPlan, format: PackedFormat, notes: Mapping[str, Any]) -> None:
+        """Cache a plan with notes and with the parsed configuration."""
+        config = config_note.describe(self.checkpoint.hf_config, self.config)
+        self.cache(format).save(plan, {CONFIG: config, **notes})
 
     def _pack(self, format: Format) -> DecoderPlan:
         label, size = f"quantizing {self.checkpoint.path.name} to int8", total_bytes(self.config)

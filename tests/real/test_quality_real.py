@@ -1,6 +1,6 @@
 """Real weights: what ``--weights auto`` serves meets the quality bar, and a coarser quantization does not.
 
-The text is the built-in one; 4,000 tokens of chat and code gave the figures in ``kernels/DESIGN.md``.
+The text is the built-in one, the same by which ``auto`` decides.
 """
 
 import math

@@ -1,5 +1,6 @@
 """Loading models: formats, sharing, and what "auto" decides, once."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.formats import PackedLinear
 from paceline.server.config.machine import Machine
 from paceline.server.errors import ArtifactError, ConfigError
-from paceline.server.models import auto_weights, packer, quality
+from paceline.server.models import auto_weights, config_note, packer, quality
+from paceline.server.models import loader as loader_module
 from paceline.server.models.auto_weights import Decision
+from paceline.server.models.checkpoint import read_json
+from paceline.server.models.config import parse_model_config
 from paceline.server.models.llama import Decoder
 from paceline.server.models.loader import LoadedModel, ModelLoader
 from paceline.server.models.packed_cache import PackedCache
@@ -138,11 +142,11 @@ def test_a_decision_joins_weights_that_were_quantized_before(
     folder = tiny_checkpoint("llama")
     bar(monkeypatch, 1.0)
     sha256 = native().load(folder, "int8").key.split("/")[0]
-    assert PackedCache(sha256, "int8").about() is None
+    assert PackedCache(sha256, "int8").note("decision") is None
     shown = Shown()
     native(shown).load(folder, "auto")
     assert shown.tasks == {}
-    about = PackedCache(sha256, "int8").about()
+    about = PackedCache(sha256, "int8").note("decision")
     assert about is not None
     assert about["format"] == "int8"
     assert about["quality"]["positions"] > 1000
@@ -225,7 +229,7 @@ def test_a_mixed_file_of_another_decision_is_replaced(tiny_checkpoint: TinyCheck
     assert packed.plan("mixed", ["down"]).layers[0].down.format == "bf16"
     other = packed.plan("mixed", ["qkv"])
     assert (other.layers[0].down.format, other.layers[0].qkv.format) == ("int8", "bf16")
-    assert packed.cache("mixed").about() == {"kept": ["qkv"]}
+    assert packed.cache("mixed").note("kept") == ["qkv"]
 
 
 def test_auto_is_bf16_where_nothing_else_will_do(
@@ -237,6 +241,31 @@ def test_auto_is_bf16_where_nothing_else_will_do(
     forbid(monkeypatch, Judge, "measure")
     assert formats(native().load(folder, "auto")) == {"bf16"}
     assert cached(own_cache) == ["int8"]  # it carries the decision
+
+
+def test_a_warm_start_parses_no_configuration(
+    tiny_checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint("mistral")
+    first = native().load(folder, "int8")
+    with monkeypatch.context() as patch:
+        forbid(patch, loader_module, "parse_model_config")
+        warm = native().load(folder, "int8")
+    assert warm.config == first.config
+    assert hash(warm.config) == hash(first.config)  # tuples, not lists
+    forbid(monkeypatch, loader_module, "parse_model_config")
+    monkeypatch.setattr(config_note, "_code", lambda: "other code")
+    with pytest.raises(AssertionError, match="parse_model_config"):
+        native().load(folder, "int8")
+
+
+def test_a_note_on_another_configuration_does_not_count(tiny_checkpoint: TinyCheckpoint) -> None:
+    hf = read_json(tiny_checkpoint("llama") / "config.json")
+    config = parse_model_config(hf)
+    note = json.loads(json.dumps(config_note.describe(hf, config)))
+    assert config_note.restore(note, hf) == config
+    assert config_note.restore(note, {**hf, "rms_norm_eps": 1e-6}) is None
+    assert config_note.restore(None, hf) is None
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.6, "bf16"), (0.1, None)])
@@ -257,7 +286,7 @@ def test_comparison_takes_bf16_or_nothing_where_memory_is_short(
     if expected is None:
         assert decision.quality is None
         assert "without measuring it" in caplog.text
-        assert packed.cache("int8").about() is None  # another day there may be memory
+        assert packed.cache("int8").note("decision") is None  # another day there may be memory
     else:
         assert str(decision).endswith("(against bf16)")
 

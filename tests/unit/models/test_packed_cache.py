@@ -57,7 +57,7 @@ def test_a_plan_comes_back_as_it_was(arch: Any, tiny_checkpoint: TinyCheckpoint)
     loaded = cache.load(config)
     assert loaded is not None
     assert_same(loaded, plan)
-    assert cache.about() is None
+    assert cache.note("about") is None
     assert PackedCache("cd" * 32, "int8").load(config) is None
     assert PackedCache("ab" * 32, "mixed").load(config) is None
 
@@ -67,12 +67,13 @@ def test_mixed_formats_and_the_note(tiny_checkpoint: TinyCheckpoint) -> None:
     int8, config = plan_of(folder)
     plan = mix(int8, plan_of(folder, "bf16")[0], ["down", "first block"])
     cache = PackedCache("ab" * 32, "mixed")
-    cache.save(int8, {"kept": []})
-    cache.save(plan, {"kept": ["down", "first block"], "kl": 0.25, "none": None})
+    cache.save(int8, {"kept": [], "old": 1})
+    note = {"kept": ["down", "first block"], "kl": 0.25, "none": None}
+    cache.save(plan, {"a": note, "b": "B"})
     loaded = cache.load(config)
     assert loaded is not None
     assert_same(loaded, plan)
-    assert cache.about() == {"kept": ["down", "first block"], "kl": 0.25, "none": None}
+    assert (cache.note("a"), cache.note("b"), cache.note("old")) == (note, "B", None)
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "other"])
@@ -81,7 +82,7 @@ def test_an_unusable_file_is_reported_and_ignored(
 ) -> None:
     plan, config = plan_of(tiny_checkpoint("llama"))
     cache = PackedCache("ab" * 32, "int8")
-    cache.save(plan, {"rules": 1})
+    cache.save(plan, {"a": 1})
     whole = cache.path.read_bytes()
     if damage == "other":  # a model of another depth: no damage, but not this one either
         config = plan_of(tiny_checkpoint("llama", num_hidden_layers=3))[1]
@@ -93,7 +94,7 @@ def test_an_unusable_file_is_reported_and_ignored(
         [] if damage == "other" else [r.message for r in caplog.records]
     )
     assert len(caplog.records) == (damage != "other")
-    assert (cache.about() is None) == (damage != "other")
+    assert (cache.note("a") is None) == (damage != "other")
 
 
 def test_a_new_layout_leaves_old_files_alone(
