@@ -106,8 +106,9 @@ class _Download:
             )
 
     def bytes_done(self) -> int:
-        sizes = [_size(path) for path in self.folder.rglob("*.whl")]
-        return max(sizes, default=0)
+        # os.walk, not rglob: pip removes folders meanwhile, and only the former takes that calmly.
+        found = (Path(top, name) for top, _, names in os.walk(self.folder) for name in names)
+        return max((_size(path) for path in found if path.suffix == ".whl"), default=0)
 
     def finish(self) -> bool:
         """Move the wheel into place; False if pip failed."""
