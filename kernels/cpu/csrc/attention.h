@@ -6,8 +6,6 @@
 
 namespace PL_ISA_NS {
 
-static constexpr int kQueryRows = 4;
-
 PL_INLINE const uint8_t *block_of(const KvLayer &kv, const int32_t *table, int position) {
     return kv.blocks + table[position / kv.block_tokens] * kv.block_bytes;
 }
@@ -57,11 +55,11 @@ PL_INLINE void score_tile(const KvLayer &kv, const Queries &in, int tile, float 
     for (int r = 0; r < R; r++) sum[r] = set1(0.0f);
     for (int d = 0; d < dim; d++) {
         F keys = load_kv(k + (int64_t)d * PL_LANES);
-        for (int r = 0; r < R; r++) sum[r] = fma(keys, set1(in.q[r * in.q_stride + d]), sum[r]);
+        for (int r = 0; r < R; r++) sum[r] = fma(keys, set1(in.q[r][d]), sum[r]);
     }
     for (int r = 0; r < R; r++) {
         store(scores[r] + position, mul(sum[r], set1(in.scale)));
-        const int last = in.start + r, first = in.window ? last - in.window + 1 : 0;
+        const int last = in.position[r], first = in.window ? last - in.window + 1 : 0;
         if (position + PL_LANES - 1 > last || position < first)
             for (int i = 0; i < PL_LANES; i++)
                 if (position + i > last || position + i < first) scores[r][position + i] = -INFINITY;
@@ -89,26 +87,26 @@ PL_INLINE void weigh_values(const KvLayer &kv, const Queries &in, int first, int
         }
     }
     for (int r = 0; r < R; r++)
-        for (int w = 0; w < W; w++) store(in.out + r * in.out_stride + d + 16 * w, sum[r][w]);
+        for (int w = 0; w < W; w++) store(in.out[r] + d + 16 * w, sum[r][w]);
 }
 
 // The same for the heads narrower than a vector, dimension by dimension.
 template <typename T, int R>
 static void weigh_narrow(const KvLayer &kv, const Queries &in, int first, int end, float *const (&probs)[R]) {
     for (int r = 0; r < R; r++)
-        for (int d = 0; d < kv.head_dim; d++) in.out[r * in.out_stride + d] = 0.0f;
+        for (int d = 0; d < kv.head_dim; d++) in.out[r][d] = 0.0f;
     for (int p = first; p < end; p++) {
         const T *v = (const T *)(block_of(kv, in.table, p) + kv.v_offset) +
                      ((int64_t)in.kv_head * kv.block_tokens + p % kv.block_tokens) * kv.head_dim;
         for (int r = 0; r < R; r++)
-            for (int d = 0; d < kv.head_dim; d++) in.out[r * in.out_stride + d] += probs[r][p] * widen(v[d]);
+            for (int d = 0; d < kv.head_dim; d++) in.out[r][d] += probs[r][p] * widen(v[d]);
     }
 }
 
 template <typename T, int R>
 static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
-    const int last = in.start + R - 1, tiles = last / PL_LANES + 1;
-    const int lowest = in.window && in.start - in.window + 1 > 0 ? in.start - in.window + 1 : 0;
+    const int last = in.position[R - 1], tiles = last / PL_LANES + 1;
+    const int lowest = in.window && in.position[0] >= in.window ? in.position[0] - in.window + 1 : 0;
     const int first_tile = lowest / PL_LANES;
     float *scores[R];
     for (int r = 0; r < R; r++) scores[r] = scratch + (int64_t)r * tiles * PL_LANES;

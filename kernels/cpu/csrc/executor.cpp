@@ -1,6 +1,7 @@
-// One call per ragged forward: embedding, blocks, final norm, head. Every thread runs the whole plan and meets the
-// others at a barrier after each phase; inside a phase work is claimed item by item. No allocation once the workspace
-// has grown to the largest batch seen.
+// One call per ragged forward: embedding, blocks, final norm, head. Every thread runs the whole plan, phase by phase, and
+// claims work item by item. While a thread waits for the end of a phase it fetches the weights that it will read next,
+// so that memory does not rest during the small phases. No allocation once the workspace has grown to the largest
+// batch seen.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -12,10 +13,22 @@
 
 namespace {
 
-// Rows per claim in the row phases, tiles per claim in the linear phases (a multiple of 4: kernels take 4 at a time;
-// about 20-100 kB of weights, so that the two claims' cost vanishes and the last claim is short).
-constexpr int kRowsPerClaim = 1;
-constexpr int kTilesPerClaim = 8;
+// Tiles per claim of a linear layer, a power of two: kernels take up to 4 at a time, gated layers need pairs. What counts
+// is the thread with the most work: whole claims, each of which costs about as much as reading kClaimBytes.
+constexpr int kMostTilesPerClaim = 8, kFewestTilesPerClaim = 2;
+constexpr int64_t kClaimBytes = 2048;
+
+int tiles_per_claim(const pl_linear &l, int threads) {
+    const int64_t tiles = (l.out + PL_LANES - 1) / PL_LANES, tile_bytes = pl_packed_bytes(l.format, l.out, l.in) / tiles;
+    int best = kMostTilesPerClaim;
+    int64_t least = INT64_MAX;
+    for (int chunk = kMostTilesPerClaim; chunk >= kFewestTilesPerClaim; chunk /= 2) {
+        const int64_t claims = (tiles + chunk - 1) / chunk, most = (claims + threads - 1) / threads;
+        const int64_t cost = most * (chunk * tile_bytes + kClaimBytes);
+        if (cost < least) least = cost, best = chunk;
+    }
+    return best;
+}
 
 // Memory that only grows, 64-byte aligned.
 template <typename T>
@@ -37,10 +50,16 @@ private:
     int64_t size_ = 0;
 };
 
+// What shares one attend call: at most PL_MAX_QUERIES of a sequence's (row, head of the group) pairs, rows first.
+struct AttendItem {
+    int32_t sequence, first, count;
+};
+
 struct Workspace {
     Buffer<float> x, qkv, attended, gated, fp32, scales, cos, sin, scratch;
     Buffer<int8_t> int8;
-    Buffer<int32_t> corrections, sequence_of, items;
+    Buffer<int32_t> corrections, sequence_of;
+    Buffer<AttendItem> items;
 };
 
 // The engine thread makes all forwards, so one workspace per thread is one workspace.
@@ -70,6 +89,13 @@ private:
     int32_t *corrections_;
 };
 
+void linear_phase(Worker &worker, const KernelTable &k, const pl_linear &l, const Input &input, const Output &out, int rows,
+                  int threads, Lookahead *ahead = nullptr) {
+    const int chunk = tiles_per_claim(l, threads), step = worker.from_back() ? -chunk : chunk;
+    worker.each((l.out + PL_LANES - 1) / PL_LANES, chunk,
+                [&](int begin, int end) { k.linear_tiles(l, input, out, rows, begin, end, std::max(0, begin + step)); }, ahead);
+}
+
 class Forward {
 public:
     Forward(const pl_model &m, const pl_batch &b, pl_pool &pool, const KernelTable &k)
@@ -87,26 +113,28 @@ public:
     }
 
     void run() {
-        pool_.run([this](int thread) { on_thread(thread); });
+        pool_.run([this](Worker &worker) { on_thread(worker); });
     }
 
 private:
-    // Query rows that share one attend call: at most max_query_rows of one sequence.
     void list_rows() {
+        const int group = m_.heads / m_.kv_heads;
         sequence_of_ = w_.sequence_of.get(b_.rows);
-        items_ = w_.items.get(2 * (int64_t)b_.rows);
+        items_ = w_.items.get((int64_t)b_.rows * group);
         num_items_ = 0;
         int longest = 0;
         for (int s = 0; s < b_.sequences; s++) {
             longest = std::max(longest, b_.start[s] + b_.count[s]);
             for (int i = 0; i < b_.count[s]; i++) sequence_of_[b_.first_row[s] + i] = s;
-            for (int i = 0; i < b_.count[s]; i += k_.max_query_rows) {
-                items_[2 * num_items_] = b_.first_row[s] + i;
-                items_[2 * num_items_ + 1] = std::min(k_.max_query_rows, b_.count[s] - i);
-                num_items_++;
+            const int pairs = b_.count[s] * group;
+            for (int i = 0; i < pairs;) {
+                const int calls = (pairs - i + PL_MAX_QUERIES - 1) / PL_MAX_QUERIES;
+                const int take = (pairs - i + calls - 1) / calls;
+                items_[num_items_++] = {s, i, take};
+                i += take;
             }
         }
-        scratch_size_ = (int64_t)k_.max_query_rows * (longest + PL_LANES);
+        scratch_size_ = (int64_t)PL_MAX_QUERIES * (longest + PL_LANES);
         scratch_ = w_.scratch.get(scratch_size_ * pool_.threads());
     }
 
@@ -116,51 +144,65 @@ private:
     }
     const int32_t *table(int row) const { return b_.tables + b_.table_start[sequence_of_[row]]; }
 
-    void on_thread(int thread) {
-        each_row([&](int row) { embed(row); });
-        for (int i = 0; i < m_.num_layers; i++) layer(m_.layers[i], i, thread);
-        head();
+    // A worker and the weights that it is about to read.
+    struct Thread {
+        Worker &worker;
+        Lookahead ahead;
+    };
+
+    void on_thread(Worker &worker) {
+        Thread t{worker, {}};
+        look_ahead(t, m_.num_layers ? m_.layers[0].qkv : m_.head);
+        each_row(t, b_.rows, [&](int row) { embed(row); });
+        for (int i = 0; i < m_.num_layers; i++) layer(t, i);
+        head(t);
     }
 
-    void layer(const pl_layer &l, int index, int thread) {
+    void layer(Thread &t, int index) {
+        const pl_layer &l = m_.layers[index];
         const KvLayer kv = kv_layer(index);
-        each_row([&](int row) { prepare(x_ + (int64_t)row * m_.hidden, l.attention_norm, l.qkv, row); });
-        linear(l.qkv, {Output::kStore, qkv_, qkv_width_}, b_.rows);
-        each_row([&](int row) { rotate_and_store(l, kv, row); });
-        attend(l, kv, thread);
-        each_row([&](int row) { prepare(attended_ + (int64_t)row * q_width_, nullptr, l.output, row); });
-        linear(l.output, {Output::kAdd, x_, m_.hidden}, b_.rows);
-        each_row([&](int row) { prepare(x_ + (int64_t)row * m_.hidden, l.mlp_norm, l.gate_up, row); });
-        linear(l.gate_up, {Output::kGated, gated_, gated_stride_}, b_.rows);
-        each_row([&](int row) { prepare(gated_ + (int64_t)row * gated_stride_, nullptr, l.down, row); });
-        linear(l.down, {Output::kAdd, x_, m_.hidden}, b_.rows);
+        each_row(t, b_.rows, [&](int row) { prepare(x_ + (int64_t)row * m_.hidden, l.attention_norm, l.qkv, row); });
+        linear(t, l.qkv, {Output::kStore, qkv_, qkv_width_}, b_.rows, l.output);
+        each_row(t, b_.rows, [&](int row) { rotate_and_store(l, kv, row); });
+        attend(t, l, kv);
+        each_row(t, b_.rows, [&](int row) { prepare(attended_ + (int64_t)row * q_width_, nullptr, l.output, row); });
+        linear(t, l.output, {Output::kAdd, x_, m_.hidden}, b_.rows, l.gate_up);
+        each_row(t, b_.rows, [&](int row) { prepare(x_ + (int64_t)row * m_.hidden, l.mlp_norm, l.gate_up, row); });
+        linear(t, l.gate_up, {Output::kGated, gated_, gated_stride_}, b_.rows, l.down);
+        each_row(t, b_.rows, [&](int row) { prepare(gated_ + (int64_t)row * gated_stride_, nullptr, l.down, row); });
+        const pl_linear &next = index + 1 < m_.num_layers ? m_.layers[index + 1].qkv : m_.head;
+        linear(t, l.down, {Output::kAdd, x_, m_.hidden}, b_.rows, next);
     }
 
-    void head() {
-        int begin, end;
-        while (pool_.claim(b_.wanted, kRowsPerClaim, &begin, &end))
-            prepare(x_ + (int64_t)b_.wanted_rows[begin] * m_.hidden, m_.final_norm, m_.head, begin);
-        pool_.barrier();
-        if (b_.wanted) linear(m_.head, {Output::kStore, b_.logits, m_.vocab}, b_.wanted);
+    void head(Thread &t) {
+        each_row(t, b_.wanted, [&](int row) {
+            prepare(x_ + (int64_t)b_.wanted_rows[row] * m_.hidden, m_.final_norm, m_.head, row);
+        });
+        linear(t, m_.head, {Output::kStore, b_.logits, m_.vocab}, b_.wanted, m_.head);
     }
 
     template <typename Body>
-    void each_row(const Body &body) {
-        int begin, end;
-        while (pool_.claim(b_.rows, kRowsPerClaim, &begin, &end)) body(begin);
-        pool_.barrier();
+    void each_row(Thread &t, int rows, const Body &body) {
+        t.worker.each(rows, 1, [&](int row, int) { body(row); }, &t.ahead);
+    }
+
+    // The first claim that this thread will make of `next`, if it is one of the first two threads.
+    void look_ahead(Thread &t, const pl_linear &next) const {
+        const int64_t bytes = pl_packed_bytes(next.format, next.out, next.in), tiles = (next.out + PL_LANES - 1) / PL_LANES;
+        const int64_t first = std::min(bytes, tiles_per_claim(next, pool_.threads()) * bytes / tiles);
+        const auto *data = (const uint8_t *)next.data;
+        t.ahead = {};
+        if (t.worker.thread() == 0) t.ahead = {data, data + first};
+        if (t.worker.thread() == 1) t.ahead = {data + bytes - first, data + bytes};
     }
 
     void prepare(const float *x, const float *weight, const pl_linear &next, int row) {
         k_.prepare_row(x, weight, m_.eps, next, inputs_.row(next, row));
     }
 
-    void linear(const pl_linear &l, const Output &out, int rows) {
-        const int tiles = (l.out + PL_LANES - 1) / PL_LANES;
-        const Input input = inputs_.all();
-        int begin, end;
-        while (pool_.claim(tiles, kTilesPerClaim, &begin, &end)) k_.linear_tiles(l, input, out, rows, begin, end);
-        pool_.barrier();
+    void linear(Thread &t, const pl_linear &l, const Output &out, int rows, const pl_linear &next) {
+        look_ahead(t, next);
+        linear_phase(t.worker, k_, l, inputs_.all(), out, rows, pool_.threads(), &t.ahead);
     }
 
     void embed(int row) {
@@ -196,24 +238,29 @@ private:
             k_.store_kv(kv, table(row), position(row), h, k + h * m_.head_dim, v + h * m_.head_dim);
     }
 
-    void attend(const pl_layer &l, const KvLayer &kv, int thread) {
-        int begin, end;
-        while (pool_.claim(num_items_ * m_.heads, 1, &begin, &end)) {
-            const int item = begin / m_.heads, head = begin % m_.heads, row = items_[2 * item];
-            Queries q;
-            q.q = qkv_ + (int64_t)row * qkv_width_ + head * m_.head_dim;
-            q.out = attended_ + (int64_t)row * q_width_ + head * m_.head_dim;
-            q.q_stride = qkv_width_;
-            q.out_stride = q_width_;
-            q.rows = items_[2 * item + 1];
-            q.start = position(row);
-            q.kv_head = head / (m_.heads / m_.kv_heads);
-            q.window = l.window;
-            q.table = table(row);
-            q.scale = 1.0f / std::sqrt((float)m_.head_dim);
-            k_.attend(kv, q, scratch_ + thread * scratch_size_);
+    void attend(Thread &t, const pl_layer &l, const KvLayer &kv) {
+        float *scratch = scratch_ + t.worker.thread() * scratch_size_;
+        t.worker.each(num_items_ * m_.kv_heads, 1, [&](int index, int) {
+            k_.attend(kv, queries(items_[index / m_.kv_heads], index % m_.kv_heads, l.window), scratch);
+        }, &t.ahead);
+    }
+
+    Queries queries(const AttendItem &item, int kv_head, int window) const {
+        const int group = m_.heads / m_.kv_heads, first_row = b_.first_row[item.sequence];
+        Queries in;
+        for (int i = 0; i < item.count; i++) {
+            const int row = first_row + (item.first + i) / group;
+            const int64_t head = (int64_t)(kv_head * group + (item.first + i) % group) * m_.head_dim;
+            in.q[i] = qkv_ + (int64_t)row * qkv_width_ + head;
+            in.out[i] = attended_ + (int64_t)row * q_width_ + head;
+            in.position[i] = position(row);
         }
-        pool_.barrier();
+        in.rows = item.count;
+        in.kv_head = kv_head;
+        in.window = window;
+        in.table = table(first_row);
+        in.scale = 1.0f / std::sqrt((float)m_.head_dim);
+        return in;
     }
 
     KvLayer kv_layer(int index) const {
@@ -231,7 +278,8 @@ private:
     Inputs inputs_;
     float *x_, *qkv_, *attended_, *gated_, *cos_, *sin_, *scratch_;
     int64_t gated_stride_, scratch_size_;
-    int32_t *sequence_of_, *items_;
+    int32_t *sequence_of_;
+    AttendItem *items_;
     int num_items_;
 };
 
@@ -258,14 +306,11 @@ int32_t pl_linear_forward(const pl_linear *l, const float *x, int32_t rows, floa
     try {
         const Inputs inputs(workspace, rows, l->in_padded);
         const Output out{Output::kStore, y, l->out};
-        const int tiles = (l->out + PL_LANES - 1) / PL_LANES;
-        pool->run([&](int) {
-            int begin, end;
-            while (pool->claim(rows, kRowsPerClaim, &begin, &end))
-                kernels->prepare_row(x + (int64_t)begin * l->in, nullptr, 0.0f, *l, inputs.row(*l, begin));
-            pool->barrier();
-            while (pool->claim(tiles, kTilesPerClaim, &begin, &end))
-                kernels->linear_tiles(*l, inputs.all(), out, rows, begin, end);
+        pool->run([&](Worker &worker) {
+            worker.each(rows, 1, [&](int row, int) {
+                kernels->prepare_row(x + (int64_t)row * l->in, nullptr, 0.0f, *l, inputs.row(*l, row));
+            });
+            linear_phase(worker, *kernels, *l, inputs.all(), out, rows, pool->threads());
         });
     } catch (const std::bad_alloc &) {
         return -1;
@@ -275,18 +320,17 @@ int32_t pl_linear_forward(const pl_linear *l, const float *x, int32_t rows, floa
 
 void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl_pool *pool, int32_t isa) {
     const KernelTable *kernels = kernels_for(isa);
-    pool->run([&](int) {
-        int begin, end;
-        while (pool->claim(rows, 1, &begin, &end)) index[begin] = kernels->argmax(x + begin * columns, columns);
+    pool->run([&](Worker &worker) {
+        worker.each(rows, 1, [&](int row, int) { index[row] = kernels->argmax(x + row * columns, columns); });
     });
 }
 
 void pl_read(const void *memory, int64_t bytes, pl_pool *pool, int32_t isa) {
     const KernelTable *kernels = kernels_for(isa);
     constexpr int64_t kChunk = 1 << 20;
-    pool->run([&](int) {
-        int begin, end;
-        while (pool->claim((int)(bytes / kChunk), 1, &begin, &end))
-            kernels->read((const uint8_t *)memory + begin * kChunk, kChunk);
+    pool->run([&](Worker &worker) {
+        worker.each((int)(bytes / kChunk), 1, [&](int chunk, int) {
+            kernels->read((const uint8_t *)memory + chunk * kChunk, kChunk);
+        });
     });
 }

@@ -3,6 +3,8 @@
 #pragma once
 #include "paceline_cpu.h"
 
+#define PL_MAX_QUERIES 4
+
 // Rows as a linear layer reads them. int8: values in [-127, 127], one scale and one correction (-128 * sum of the
 // group's values, which cancels the weights' offset of 128) per group. Otherwise fp32, padded to in_padded.
 struct Input {
@@ -33,28 +35,28 @@ struct KvLayer {
     int32_t kv_format, block_tokens, kv_heads, head_dim;
 };
 
-// Consecutive query rows of one sequence and one head.
+// Query rows that read the same K and V: heads of one group, rows of one sequence.
 struct Queries {
-    const float *q;  // row r at q + r * q_stride
-    float *out;      // row r at out + r * out_stride
-    int64_t q_stride, out_stride;
-    int32_t rows, start;  // start: position of the first row
-    int32_t kv_head, window;
+    const float *q[PL_MAX_QUERIES];
+    float *out[PL_MAX_QUERIES];
+    int32_t position[PL_MAX_QUERIES];  // ascending
+    int32_t rows, kv_head, window;
     const int32_t *table;
     float scale;
 };
 
 struct KernelTable {
-    void (*linear_tiles)(const pl_linear &, const Input &, const Output &, int rows, int begin, int end);
+    // `next`: the tile that this thread will probably ask for after these.
+    void (*linear_tiles)(const pl_linear &, const Input &, const Output &, int rows, int begin, int end, int next);
     // Norm (weight NULL: none), then into the form that `next` reads.
     void (*prepare_row)(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &);
     void (*norm)(float *x, const float *weight, float eps, int n);
     void (*rotate)(float *head, const float *cos, const float *sin, int head_dim);
     void (*store_kv)(const KvLayer &, const int32_t *table, int position, int kv_head, const float *k, const float *v);
+    // Scratch: PL_MAX_QUERIES rows of (context + PL_LANES) floats.
     void (*attend)(const KvLayer &, const Queries &, float *scratch);
     int32_t (*argmax)(const float *x, int64_t n);
     void (*read)(const uint8_t *memory, int64_t bytes);
-    int32_t max_query_rows;  // per attend call; scratch: that many rows of (context + PL_LANES) floats
 };
 
 extern const KernelTable kPortableKernels;

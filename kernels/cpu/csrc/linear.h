@@ -37,7 +37,7 @@ PL_INLINE void finish_gated(const pl_linear &l, const Output &out, int tile, int
 }
 
 template <int R, int T>
-PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
+PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int next, int row, F (&sum)[R][T]) {
     const int groups = l.in_padded / PL_GROUP;
     const int64_t tile_bytes = (int64_t)l.in_padded * PL_LANES;
     const uint8_t *w = (const uint8_t *)l.data + tile * tile_bytes;
@@ -49,9 +49,9 @@ PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int row, 
             I start = set1i(x.corrections[(int64_t)(row + t) * groups + g]);
             for (int r = 0; r < R; r++) dot[r][t] = start;
         }
-        // The R streams go on kPrefetchGroups groups ahead; past their tiles' end, in the next R tiles.
+        // The R streams go on kPrefetchGroups groups ahead; past their tiles' end, in those from `next`.
         const int64_t ahead = (int64_t)kPrefetchGroups * PL_GROUP * PL_LANES +
-                              (g + kPrefetchGroups < groups ? 0 : (R - 1) * tile_bytes);
+                              (g + kPrefetchGroups < groups ? 0 : (next - tile - 1) * tile_bytes);
 #pragma GCC unroll 4
         for (int k = 0; k < PL_GROUP; k += 4) {
             const uint8_t *at = w + ((int64_t)g * PL_GROUP + k) * PL_LANES;
@@ -114,17 +114,18 @@ PL_INLINE void sums_fp32(const pl_linear &l, const Input &x, int tile, int row, 
 }
 
 template <int R, int T>
-PL_INLINE void sums_any(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
-    if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, row, sum);
+PL_INLINE void sums_any(const pl_linear &l, const Input &x, int tile, int next, int row, F (&sum)[R][T]) {
+    if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, next, row, sum);
     else if (l.format == PL_BF16) sums_bf16<R, T>(l, x, tile, row, sum);
     else sums_fp32<R, T>(l, x, tile, row, sum);
 }
 
-// T rows of R tiles; gated layers take tiles in pairs, so R tiles of them are R / 2 (at least one) pairs.
+// T rows of R tiles; gated layers take tiles in pairs, so R tiles of them are R / 2 (at least one) pairs. `next`: the tile
+// whose weights will be read after these.
 template <int R, int T>
-static void tiles(const pl_linear &l, const Input &x, const Output &out, int tile, int row) {
+static void tiles(const pl_linear &l, const Input &x, const Output &out, int tile, int next, int row) {
     F sum[R][T];
-    sums_any<R, T>(l, x, tile, row, sum);
+    sums_any<R, T>(l, x, tile, R == 1 && out.mode == Output::kGated ? tile + 1 : next, row, sum);
     if (out.mode != Output::kGated) {
         for (int t = 0; t < T; t++)
             for (int r = 0; r < R; r++) finish(l, out, tile + r, row + t, sum[r][t]);
@@ -133,34 +134,43 @@ static void tiles(const pl_linear &l, const Input &x, const Output &out, int til
             for (int r = 0; r < R; r += 2) finish_gated(l, out, tile + r, row + t, sum[r][t], sum[r + 1][t]);
     } else {
         F up[R][T];
-        sums_any<R, T>(l, x, tile + 1, row, up);
+        sums_any<R, T>(l, x, tile + 1, next, row, up);
         for (int t = 0; t < T; t++) finish_gated(l, out, tile, row + t, sum[0][t], up[0][t]);
     }
 }
 
 // All rows for R tiles: the weights come from memory once and from cache for the later row blocks.
 template <int R, int MaxT>
-static void rows_of_tiles(const pl_linear &l, const Input &x, const Output &out, int tile, int rows) {
+static void rows_of_tiles(const pl_linear &l, const Input &x, const Output &out, int tile, int next, int rows) {
     for (int row = 0; row < rows;) {
         const int left = rows - row, blocks = (left + MaxT - 1) / MaxT, take = (left + blocks - 1) / blocks;
-        if constexpr (MaxT >= 8) if (take == 8) tiles<R, 8>(l, x, out, tile, row);
-        if constexpr (MaxT >= 7) if (take == 7) tiles<R, 7>(l, x, out, tile, row);
-        if constexpr (MaxT >= 6) if (take == 6) tiles<R, 6>(l, x, out, tile, row);
-        if constexpr (MaxT >= 5) if (take == 5) tiles<R, 5>(l, x, out, tile, row);
-        if constexpr (MaxT >= 4) if (take == 4) tiles<R, 4>(l, x, out, tile, row);
-        if constexpr (MaxT >= 3) if (take == 3) tiles<R, 3>(l, x, out, tile, row);
-        if constexpr (MaxT >= 2) if (take == 2) tiles<R, 2>(l, x, out, tile, row);
-        if (take == 1) tiles<R, 1>(l, x, out, tile, row);
+        if constexpr (MaxT >= 8) if (take == 8) tiles<R, 8>(l, x, out, tile, next, row);
+        if constexpr (MaxT >= 7) if (take == 7) tiles<R, 7>(l, x, out, tile, next, row);
+        if constexpr (MaxT >= 6) if (take == 6) tiles<R, 6>(l, x, out, tile, next, row);
+        if constexpr (MaxT >= 5) if (take == 5) tiles<R, 5>(l, x, out, tile, next, row);
+        if constexpr (MaxT >= 4) if (take == 4) tiles<R, 4>(l, x, out, tile, next, row);
+        if constexpr (MaxT >= 3) if (take == 3) tiles<R, 3>(l, x, out, tile, next, row);
+        if constexpr (MaxT >= 2) if (take == 2) tiles<R, 2>(l, x, out, tile, next, row);
+        if (take == 1) tiles<R, 1>(l, x, out, tile, next, row);
         row += take;
     }
 }
 
-static void linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end) {
+template <int R, int MaxT>
+PL_INLINE void runs_of_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int step, int &tile, int end,
+                             int next) {
+    for (; tile + step <= end; tile += step)
+        rows_of_tiles<R, MaxT>(l, x, out, tile, tile + step < end ? tile + step : next, rows);
+}
+
+static void linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end, int next) {
     const int pair = out.mode == Output::kGated ? 2 : 1;
     int tile = begin;
-    if (rows <= kFewRows)
-        for (; tile + kFewTiles <= end; tile += kFewTiles) rows_of_tiles<kFewTiles, kFewRows>(l, x, out, tile, rows);
-    for (; tile < end; tile += pair) rows_of_tiles<1, kManyRows>(l, x, out, tile, rows);
+    if (rows <= kFewRows) {
+        runs_of_tiles<kFewTiles, kFewRows>(l, x, out, rows, kFewTiles, tile, end, next);
+        runs_of_tiles<2, kFewRows>(l, x, out, rows, 2, tile, end, next);
+    }
+    runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, next);
 }
 
 }  // namespace PL_ISA_NS

@@ -46,17 +46,16 @@ static void pack_row(int32_t format, const float *w, int32_t in, int32_t in_padd
 int32_t pl_pack(int32_t format, const float *w, int32_t out, int32_t in, void *data, float *scale, pl_pool *pool) {
     const int32_t in_padded = padded(in, in_padding(format)), tiles = padded(out, PL_LANES) / PL_LANES;
     const int64_t tile_bytes = (int64_t)PL_LANES * in_padded * element_bytes(format);
-    pool->run([&](int) {
-        int begin, end;
-        while (pool->claim(tiles, 1, &begin, &end)) {
-            uint8_t *tile = (uint8_t *)data + begin * tile_bytes;
+    pool->run([&](Worker &worker) {
+        worker.each(tiles, 1, [&](int index, int) {
+            uint8_t *tile = (uint8_t *)data + index * tile_bytes;
             std::memset(tile, format == PL_INT8 ? 128 : 0, tile_bytes);
             for (int lane = 0; lane < PL_LANES; lane++) {
-                const int row = begin * PL_LANES + lane;
+                const int row = index * PL_LANES + lane;
                 if (row < out) pack_row(format, w + (int64_t)row * in, in, in_padded, tile, lane, scale + row);
                 else if (format == PL_INT8) scale[row] = 0.0f;
             }
-        }
+        });
     });
     return 0;
 }

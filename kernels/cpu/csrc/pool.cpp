@@ -1,5 +1,8 @@
 #include "pool.h"
 
+#include <algorithm>
+#include <chrono>
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 static inline void relax() { _mm_pause(); }
@@ -7,16 +10,18 @@ static inline void relax() { _mm_pause(); }
 static inline void relax() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 #endif
 
-// Spin rounds before a thread parks, about 20 ns each. Barriers inside a forward come every few us and are met spinning;
-// between two forwards the threads soon sleep and leave the cores to the rest of the server.
+// Spin rounds before a thread parks, about 20 ns each. Phases last a few us and their ends are met spinning; between
+// two forwards the threads soon sleep and leave the cores to the rest of the server.
 static constexpr int kIdleSpins = 200;
-// At barriers the limit adapts: a wait that runs into it means that somebody lost a core to another process, and spinning
-// keeps that very core from him. Measured, with two busy processes of low priority beside: fixed limits of 2,000, 200,000 and 20
-// gave 40, 120 and 10 ms where the idle machine takes 4; without contention 20 costs a futex call per barrier.
-static constexpr int kMostSpins = 1000, kFewestSpins = 20, kSpinGain = 1;
+// At the end of a phase the limit adapts: a wait of kLongWait means that somebody lost a core to another process, and
+// spinning keeps that very core from him. A park that was over sooner was a mistake, so the limit grows again.
+static constexpr int kMostSpins = 400, kFewestSpins = 20, kSpinGain = 1, kGainAfterShortPark = 20;
+static constexpr std::chrono::microseconds kLongWait{200};
+
+static bool over(uint32_t now, uint32_t phase) { return (int32_t)(now - phase) > 0; }
 
 pl_pool::pl_pool(int threads) : threads_(threads < 1 ? 1 : threads), spins_(kMostSpins) {
-    for (int i = 1; i < threads_; i++) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < threads_; i++) workers_.emplace_back([this, i] { serve(i); });
 }
 
 pl_pool::~pl_pool() {
@@ -26,60 +31,61 @@ pl_pool::~pl_pool() {
     for (auto &worker : workers_) worker.join();
 }
 
-bool pl_pool::spin(const std::atomic<uint32_t> &word, uint32_t old, int rounds) {
-    for (int i = 0; i < rounds; i++) {
-        if (word.load(std::memory_order_acquire) != old) return true;
-        relax();
-    }
-    return false;
-}
-
-void pl_pool::park(std::atomic<uint32_t> &word, uint32_t old) {
-    while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
-}
-
-void pl_pool::wait_at_barrier(uint32_t generation) {
+void pl_pool::wait_for_end_of(uint32_t phase, Lookahead *ahead) {
     const int rounds = spins_.load(std::memory_order_relaxed);
-    if (spin(generation_, generation, rounds)) {
-        if (rounds < kMostSpins) spins_.store(rounds + kSpinGain, std::memory_order_relaxed);
-        return;
+    uint32_t now;
+    for (int i = 0; i < rounds; i++) {
+        now = phase_.load(std::memory_order_acquire);
+        if (over(now, phase)) {
+            if (i && rounds < kMostSpins) spins_.store(rounds + kSpinGain, std::memory_order_relaxed);
+            return;
+        }
+        if (ahead && ahead->at < ahead->end) {
+            __builtin_prefetch(ahead->at, 0, 2);
+            ahead->at += 64;
+        } else {
+            relax();
+        }
     }
-    spins_.store(rounds / 2 > kFewestSpins ? rounds / 2 : kFewestSpins, std::memory_order_relaxed);
-    park(generation_, generation);
+    const auto parked = std::chrono::steady_clock::now();
+    while (!over(now = phase_.load(std::memory_order_acquire), phase)) phase_.wait(now, std::memory_order_acquire);
+    const bool lost_core = std::chrono::steady_clock::now() - parked >= kLongWait;
+    spins_.store(std::clamp(lost_core ? rounds / 2 : rounds + kGainAfterShortPark, kFewestSpins, kMostSpins),
+                 std::memory_order_relaxed);
 }
 
-void pl_pool::barrier() {
-    if (threads_ == 1) {
-        next_.store(0, std::memory_order_relaxed);
-        return;
-    }
-    uint32_t generation = generation_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-        arrived_.store(0, std::memory_order_relaxed);
-        next_.store(0, std::memory_order_relaxed);
-        generation_.fetch_add(1, std::memory_order_release);
-        generation_.notify_all();
-    } else {
-        wait_at_barrier(generation);
-    }
-}
-
-void pl_pool::run(const std::function<void(int)> &job) {
+void pl_pool::run(const std::function<void(Worker &)> &job) {
     job_ = &job;
-    next_.store(0, std::memory_order_relaxed);
-    jobs_.fetch_add(1, std::memory_order_release);
+    first_phase_ = phase_.load(std::memory_order_relaxed);
+    uint32_t number = jobs_.load(std::memory_order_relaxed) + 1;
+    if (number == 0) number = 1;
+    open_.store(number);
+    jobs_.store(number, std::memory_order_release);
     jobs_.notify_all();
-    job(0);
-    barrier();  // nobody still uses `job`
+    Worker worker(*this, 0, first_phase_);
+    job(worker);
+    // Sequentially consistent on both sides: a worker enters before it looks whether the job is open, so either it
+    // is seen here, or it sees that the job is closed.
+    open_.store(0);
+    for (uint32_t inside; (inside = inside_.load()) != 0;) inside_.wait(inside);
 }
 
-void pl_pool::work(int thread) {
-    uint32_t seen = 0;
+void pl_pool::run_if_open(int thread, uint32_t job) {
+    inside_.fetch_add(1);
+    if (open_.load() == job) {
+        Worker worker(*this, thread, first_phase_);
+        (*job_)(worker);
+    }
+    if (inside_.fetch_sub(1) == 1) inside_.notify_all();
+}
+
+void pl_pool::serve(int thread) {
+    uint32_t seen = 0, now = 0;
     for (;;) {
-        if (!spin(jobs_, seen, kIdleSpins)) park(jobs_, seen);
-        seen++;
+        for (int i = 0; i < kIdleSpins && (now = jobs_.load(std::memory_order_acquire)) == seen; i++) relax();
+        while ((now = jobs_.load(std::memory_order_acquire)) == seen) jobs_.wait(seen, std::memory_order_acquire);
+        seen = now;
         if (stopping_) return;
-        (*job_)(thread);
-        barrier();
+        run_if_open(thread, seen);
     }
 }

@@ -1,10 +1,40 @@
-// The thread pool: SPMD jobs with a barrier and dynamic work claims. Workers spin briefly, then park.
+// The thread pool: jobs that every thread runs as one program of phases, with dynamic claims of each phase's items.
+// A phase is over when its items are done, not when all threads have come by: a thread that lost its core between two
+// claims, or wakes up late, holds nobody up and joins in wherever the others are.
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <functional>
 #include <thread>
 #include <vector>
+
+// Memory worth fetching while there is nothing else to do.
+struct Lookahead {
+    const uint8_t *at = nullptr, *end = nullptr;
+};
+
+struct pl_pool;
+
+// One thread's way through a job. All threads make the same calls in the same order.
+class Worker {
+public:
+    Worker(pl_pool &pool, int thread, uint32_t phase) : pool_(pool), thread_(thread), phase_(phase) {}
+
+    int thread() const { return thread_; }
+
+    // Whether this thread claims from the end of a phase: two threads so read two unbroken streams.
+    bool from_back() const { return thread_ % 2; }
+
+    // One phase: body(begin, end) for chunks of [0, total), each on one thread; returns when all are done. Which
+    // thread runs an item never changes a result. Waiting threads fetch `ahead` into their caches.
+    template <typename Body>
+    void each(int total, int chunk, const Body &body, Lookahead *ahead = nullptr);
+
+private:
+    pl_pool &pool_;
+    const int thread_;
+    uint32_t phase_;
+};
 
 struct pl_pool {
 public:
@@ -14,36 +44,60 @@ public:
 
     int threads() const { return threads_; }
 
-    // Runs job(thread) on every thread, the caller being thread 0; returns when all are done.
-    void run(const std::function<void(int)> &job);
-
-    // Inside a job: waits for all threads. Also makes the next claim() start from 0 again.
-    void barrier();
-
-    // Inside a job: takes the next `chunk` of `total` items; false when none are left. Between two barriers all
-    // calls must agree on total and chunk. Claims are dynamic, so that a thread that lost its core to another process
-    // takes fewer; which thread runs an item never changes a result.
-    bool claim(int total, int chunk, int *begin, int *end) {
-        int at = next_.fetch_add(chunk, std::memory_order_relaxed);
-        if (at >= total) return false;
-        *begin = at;
-        *end = at + chunk < total ? at + chunk : total;
-        return true;
-    }
+    // Runs job(worker) on every thread, the caller being thread 0; returns when all items are done and nobody uses
+    // `job` any more.
+    void run(const std::function<void(Worker &)> &job);
 
 private:
-    void work(int thread);
-    void wait_at_barrier(uint32_t generation);
-    static bool spin(const std::atomic<uint32_t> &word, uint32_t old, int rounds);  // whether it changed
-    static void park(std::atomic<uint32_t> &word, uint32_t old);
+    friend class Worker;
+
+    void serve(int thread);
+    void run_if_open(int thread, uint32_t job);
+    void wait_for_end_of(uint32_t phase, Lookahead *ahead);
+
+    // Takes one of the phase's chunks; -1 when none are left, or when the phase is over.
+    int claim(uint32_t phase, int chunks, bool from_back) {
+        uint64_t word = claims_.load(std::memory_order_relaxed);
+        for (;;) {
+            const uint32_t front = (word >> 16) & 0xffff, back = word & 0xffff;
+            if ((uint32_t)(word >> 32) != phase || (int)(front + back) >= chunks) return -1;
+            if (claims_.compare_exchange_weak(word, word + (from_back ? 1 : 1 << 16), std::memory_order_relaxed))
+                return from_back ? chunks - 1 - (int)back : (int)front;
+        }
+    }
+
+    void finish(uint32_t phase, int chunks) {
+        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
+        done_.store(0, std::memory_order_relaxed);
+        claims_.store((uint64_t)(phase + 1) << 32, std::memory_order_relaxed);
+        phase_.store(phase + 1, std::memory_order_release);
+        phase_.notify_all();
+    }
 
     const int threads_;
     std::vector<std::thread> workers_;
-    const std::function<void(int)> *job_ = nullptr;
+    const std::function<void(Worker &)> *job_ = nullptr;
+    uint32_t first_phase_ = 0;  // of the job
     bool stopping_ = false;
-    std::atomic<int> spins_;  // adaptive limit at barriers; races only blur it
-    alignas(64) std::atomic<uint32_t> jobs_{0};        // bumped when a job starts
-    alignas(64) std::atomic<uint32_t> generation_{0};  // bumped when a barrier opens
-    alignas(64) std::atomic<int> arrived_{0};
-    alignas(64) std::atomic<int> next_{0};
+    std::atomic<int> spins_;  // adaptive limit of waits; races only blur it
+    alignas(64) std::atomic<uint32_t> jobs_{0};    // bumped when a job starts
+    std::atomic<uint32_t> open_{0};                // number of the job that may be entered; 0: none
+    alignas(64) std::atomic<uint32_t> inside_{0};  // workers that may use `job_`
+    alignas(64) std::atomic<uint32_t> phase_{0};   // the first that is not over
+    alignas(64) std::atomic<uint64_t> claims_{0};  // phase, chunks claimed from the front, and from the back
+    alignas(64) std::atomic<int> done_{0};         // chunks of this phase
 };
+
+template <typename Body>
+void Worker::each(int total, int chunk, const Body &body, Lookahead *ahead) {
+    if (total <= 0) return;
+    // Claims hold 16 bits from either end.
+    while (total > chunk * 0xffff) chunk *= 2;
+    const int chunks = (total + chunk - 1) / chunk;
+    for (int i; (i = pool_.claim(phase_, chunks, from_back())) >= 0;) {
+        body(i * chunk, i * chunk + chunk < total ? i * chunk + chunk : total);
+        pool_.finish(phase_, chunks);
+    }
+    pool_.wait_for_end_of(phase_, ahead);
+    phase_++;
+}
