@@ -183,7 +183,7 @@ private:
 
     template <typename Body>
     void each_row(Thread &t, int rows, const Body &body) {
-        t.worker.each(rows, 1, [&](int row, int) { body(row); }, &t.ahead);
+        t.worker.each_item(rows, body, &t.ahead);
     }
 
     // The first claim that this thread will make of `next`, if it is one of the first two threads.
@@ -240,7 +240,7 @@ private:
 
     void attend(Thread &t, const pl_layer &l, const KvLayer &kv) {
         float *scratch = scratch_ + t.worker.thread() * scratch_size_;
-        t.worker.each(num_items_ * m_.kv_heads, 1, [&](int index, int) {
+        t.worker.each_item(num_items_ * m_.kv_heads, [&](int index) {
             k_.attend(kv, queries(items_[index / m_.kv_heads], index % m_.kv_heads, l.window), scratch);
         }, &t.ahead);
     }
@@ -307,7 +307,7 @@ int32_t pl_linear_forward(const pl_linear *l, const float *x, int32_t rows, floa
         const Inputs inputs(workspace, rows, l->in_padded);
         const Output out{Output::kStore, y, l->out};
         pool->run([&](Worker &worker) {
-            worker.each(rows, 1, [&](int row, int) {
+            worker.each_item(rows, [&](int row) {
                 kernels->prepare_row(x + (int64_t)row * l->in, nullptr, 0.0f, *l, inputs.row(*l, row));
             });
             linear_phase(worker, *kernels, *l, inputs.all(), out, rows, pool->threads());
@@ -321,7 +321,7 @@ int32_t pl_linear_forward(const pl_linear *l, const float *x, int32_t rows, floa
 void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl_pool *pool, int32_t isa) {
     const KernelTable *kernels = kernels_for(isa);
     pool->run([&](Worker &worker) {
-        worker.each(rows, 1, [&](int row, int) { index[row] = kernels->argmax(x + row * columns, columns); });
+        worker.each_item(rows, [&](int row) { index[row] = kernels->argmax(x + row * columns, columns); });
     });
 }
 
@@ -329,7 +329,7 @@ void pl_read(const void *memory, int64_t bytes, pl_pool *pool, int32_t isa) {
     const KernelTable *kernels = kernels_for(isa);
     constexpr int64_t kChunk = 1 << 20;
     pool->run([&](Worker &worker) {
-        worker.each((int)(bytes / kChunk), 1, [&](int chunk, int) {
+        worker.each_item((int)(bytes / kChunk), [&](int chunk) {
             kernels->read((const uint8_t *)memory + chunk * kChunk, kChunk);
         });
     });

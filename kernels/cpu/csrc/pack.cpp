@@ -47,7 +47,7 @@ int32_t pl_pack(int32_t format, const float *w, int32_t out, int32_t in, void *d
     const int32_t in_padded = padded(in, in_padding(format)), tiles = padded(out, PL_LANES) / PL_LANES;
     const int64_t tile_bytes = (int64_t)PL_LANES * in_padded * element_bytes(format);
     pool->run([&](Worker &worker) {
-        worker.each(tiles, 1, [&](int index, int) {
+        worker.each_item(tiles, [&](int index) {
             uint8_t *tile = (uint8_t *)data + index * tile_bytes;
             std::memset(tile, format == PL_INT8 ? 128 : 0, tile_bytes);
             for (int lane = 0; lane < PL_LANES; lane++) {

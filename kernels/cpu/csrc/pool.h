@@ -25,10 +25,16 @@ public:
     // Whether this thread claims from the end of a phase: two threads so read two unbroken streams.
     bool from_back() const { return thread_ % 2; }
 
-    // One phase: body(begin, end) for chunks of [0, total), each on one thread; returns when all are done. Which
-    // thread runs an item never changes a result. Waiting threads fetch `ahead` into their caches.
+    // One phase: body(begin, end) for chunks of [0, total), each on one thread; returns when all are done. Chunks are
+    // larger than asked for where there are too many. Which thread runs an item never changes a result. Waiting threads fetch `ahead` into their caches.
     template <typename Body>
     void each(int total, int chunk, const Body &body, Lookahead *ahead = nullptr);
+
+    // The same, one item at a time: body(item).
+    template <typename Body>
+    void each_item(int total, const Body &body, Lookahead *ahead = nullptr) {
+        each(total, 1, [&](int begin, int end) { for (int i = begin; i < end; i++) body(i); }, ahead);
+    }
 
 private:
     pl_pool &pool_;

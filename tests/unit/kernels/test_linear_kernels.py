@@ -8,7 +8,7 @@ from native_kernels import pool, require_native
 from torch import Tensor
 
 from paceline.kernels import ops, reference
-from paceline.kernels.cpu.library import usable_isas
+from paceline.kernels.cpu.library import Pool, usable_isas
 from paceline.kernels.formats import FORMATS, Format, PackedLinear
 
 #: (out, in): around the tile of 16 rows, the group of 64 inputs, and the padding of inputs to 4.
@@ -147,3 +147,10 @@ def test_inputs_that_do_not_fit_are_refused(x, message):
     for threads in (None, pool("portable")):
         with pytest.raises(ValueError, match=message):
             ops.linear(x, layer, threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_no_item_is_left_out_when_there_are_more_than_a_claim_can_count(threads):
+    require_native()
+    rows = torch.randn(2 * 65_536 + 77, 16)
+    assert torch.equal(Pool(threads).argmax(rows).long(), rows.argmax(-1))
