@@ -38,3 +38,34 @@ def init_draft(
             f"{report.path}: {len(report.layers)} layers of {report.base}, "
             f"{report.parameters / 1e6:.1f}M parameters, {report.weights_bytes / 1e6:.0f} MB bf16"
         )
+
+
+def export(
+    artifact: Annotated[Path, typer.Argument(help="Folder of a draft in Paceline's native form.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Write a plain bf16 checkpoint that other loaders take.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Model it was made for, if not found under the name in paceline.json."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder if it is not empty.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text.")] = False,
+) -> None:
+    """Check a draft in native form and copy it, or turn it into a plain checkpoint."""
+    from paceline.draftmodels.export import export_artifact
+
+    report = export_artifact(artifact, output, standalone=standalone, target=target, force=force)
+    if as_json:
+        facts = {
+            "path": str(report.path),
+            "form": report.form,
+            "base": report.base,
+            "weights_bytes": report.weights_bytes,
+        }
+        typer.echo(json.dumps(facts))
+    else:
+        typer.echo(
+            f"{report.path}: {report.form} form, for {report.base}, {report.weights_bytes / 1e6:.0f} MB"
+        )

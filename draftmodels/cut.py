@@ -6,18 +6,15 @@ where distillation starts.
 """
 
 import copy
-import json
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paceline.draftmodels.artifact import check_output, complete_or_nothing, copy_tokenizer, write_checkpoint
 from paceline.draftmodels.provenance import provenance
-from paceline.server.errors import ArtifactError, ConfigError
+from paceline.server.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -25,19 +22,6 @@ if TYPE_CHECKING:
     from paceline.server.models.checkpoint import Checkpoint
 
 _LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
-#: What makes up a tokenizer on disk, beside the weights.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +72,16 @@ def cut_draft(target: str, layers: Sequence[int], output: Path, *, force: bool =
     from paceline.server.models.config import parse_model_config
     from paceline.server.models.sources import resolve
 
-    _check_output(output, force)
+    check_output(output, force)
     path = resolve(target)
     checkpoint = open_checkpoint(path)
     # Refuses what the engine could not draft with; transformers writes into nested tables of what it is given.
     parse_model_config(copy.deepcopy(checkpoint.hf_config), where=target)
     _check_layers(layers, checkpoint.hf_config["num_hidden_layers"], target)
     tensors = cut_tensors(checkpoint, layers)
-    with _complete_or_nothing(output) as folder:
-        _write_checkpoint(folder, cut_config(checkpoint.hf_config, layers), tensors)
-        _copy_tokenizer(path, folder)
+    with complete_or_nothing(output) as folder:
+        write_checkpoint(folder, cut_config(checkpoint.hf_config, layers), tensors)
+        copy_tokenizer(path, folder)
         _write_manifest(folder, target, path, checkpoint, layers)
     weights_bytes = sum(tensor.nbytes for tensor in tensors.values())
     return CutReport(output, target, tuple(layers), sum(t.numel() for t in tensors.values()), weights_bytes)
@@ -142,60 +126,6 @@ def _check_layers(layers: Sequence[int], count: int, target: str) -> None:
     if not layers or outside or len(set(layers)) != len(layers):
         what = f"layer {outside[0]} does not exist" if outside else "layers must be named, each once"
         raise ConfigError(f"--layers: {what}; {target} has layers 0 to {count - 1}")
-
-
-def _check_output(output: Path, force: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not force:
-        raise ConfigError(f"{output} is not empty; name another folder or replace it with --force")
-
-
-@contextmanager
-def _complete_or_nothing(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that takes its place when the block ends well."""
-    parent = output.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{output.name}-"))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {parent}: {error.strerror}") from error
-    old = temporary.with_name(f"{temporary.name}-old")
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if output.exists():
-            output.rename(old)
-        temporary.rename(output)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        if old.exists() and not output.exists():
-            old.rename(output)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, "torch.Tensor"]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    try:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # as the other files; safetensors keeps it private
-    except SafetensorError as error:  # a full disk, mostly
-        raise ArtifactError(f"cannot write the draft's weights: {error}") from error
-
-
-def _copy_tokenizer(target: Path, folder: Path) -> None:
-    if target.is_file():
-        from paceline.server.models.gguf_tokenizer import converted_folder
-
-        target = converted_folder(target)
-    for name in _TOKENIZER_FILES:
-        if (target / name).exists():
-            shutil.copyfile(target / name, folder / name)
 
 
 def _write_manifest(

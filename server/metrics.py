@@ -6,12 +6,13 @@ Times are seconds, lengths tokens.
 """
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from paceline.server.decoding.policy import Reason
 from paceline.server.engine.interface import AsyncEngine, ModelInfo, RequestStats, StepStats
 
 PHASES: Final = ("schedule", "draft", "forward", "sample", "commit")
@@ -147,7 +148,7 @@ class _SpeculationMetrics:
         )
         self._disabled = _counter(
             registry, "paceline:spec_disabled", "Sequences that went without speculation in a step.", "reason"
-        )
+        )  # reasons: ``decoding.policy.Reason``
 
     def add(self, stats: StepStats) -> None:
         for reason in stats.disabled:
@@ -166,6 +167,8 @@ class _SpeculationMetrics:
             counter.labels(model)
         for position in range(max_draft_tokens):
             self._per_position.labels(model, str(position))
+        for reason in get_args(Reason) if max_draft_tokens else ():
+            self._disabled.labels(model, reason)
 
 
 class _LatencyMetrics:

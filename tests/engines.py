@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig
-from paceline.server.decoding.policy import FixedPolicy
+from paceline.server.decoding.policy import FixedPolicy, Policy
+from paceline.server.decoding.verify import LenienceForm
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.build import build_native
 from paceline.server.engine.engine import Engine
@@ -18,6 +19,7 @@ from paceline.server.engine.interface import ModelInfo, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks, MemberLayout
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
 from paceline.server.engine.request import Request, SamplingParams, SpeculationParams, TokenEvent
+from paceline.server.engine.runner import spread
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 
@@ -47,6 +49,8 @@ def spec(
     weights: Literal["fp32", "bf16", "int8"] = "fp32",
     **speculation: Any,
 ) -> ModelSpec:
+    """A model whose blocks have the length asked for, unless ``policy`` says otherwise."""
+    speculation.setdefault("policy", "fixed")
     if isinstance(speculation.get("draft"), Path):
         speculation["draft"] = str(speculation["draft"])
     return ModelSpec(name, str(target), weights, context_length, SpeculationConfig(**speculation))
@@ -144,14 +148,24 @@ class TableRunner:
     """A model whose logits are ``table[previous token, current token]``.
 
     The previous token is read back from a block cache, so wrong block tables, positions or rollbacks show.
+    With ``vocab_ids`` it computes logits of those only, as drafts of a restricted vocabulary do.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, key: str, table: np.ndarray, *, num_blocks: int, block_tokens: int = 4) -> None:
+    def __init__(
+        self,
+        key: str,
+        table: np.ndarray,
+        *,
+        num_blocks: int,
+        block_tokens: int = 4,
+        vocab_ids: Sequence[int] | None = None,
+    ) -> None:
         self.vocab_size = table.shape[-1]
         self.layout = MemberLayout(key, block_tokens)
         self._table = torch.tensor(table, dtype=torch.float32)
+        self._vocab_ids = None if vocab_ids is None else torch.tensor(vocab_ids, dtype=torch.int32)
         self._cache = np.full((num_blocks, block_tokens), -1)
         self.forwards = 0
 
@@ -165,7 +179,9 @@ class TableRunner:
                 if at:
                     previous[row] = self._cache[rows.pages[(at - 1) // size], (at - 1) % size]
         wanted = np.array(batch.wanted, dtype=np.int64)
-        return self._table[previous[wanted], np.array(batch.tokens)[wanted]]
+        logits = self._table[previous[wanted], np.array(batch.tokens)[wanted]]
+        own = logits if self._vocab_ids is None else logits[:, self._vocab_ids.long()]
+        return spread(own, self._vocab_ids, self.vocab_size)
 
     def argmax(self, logits: torch.Tensor) -> list[int]:
         return [int(i) for i in logits.argmax(-1)]
@@ -179,16 +195,31 @@ def table_engine(
     rule: Any = "token",
     seed: int = 0,
     num_blocks: int = 4096,
+    draft_ids: Sequence[int] | None = None,
+    policy: Policy | None = None,
+    min_lenience: float = 1.0,
+    lenience_form: LenienceForm = "exp",
+    observer: Recorder | None = None,
 ) -> Engine:
-    """An engine over table models; ``draft`` None means n-gram proposals only."""
+    """An engine over table models; ``draft`` None means n-gram proposals only, ``draft_ids`` restricts the draft."""
     vocab = target.shape[-1]
     runner = TableRunner("target", target, num_blocks=num_blocks)
     proposers: dict[str, Proposer] = {"ngram": NgramProposer()}
     if draft is not None:
-        draft_runner = TableRunner("draft", draft, num_blocks=num_blocks)
+        draft_runner = TableRunner("draft", draft, num_blocks=num_blocks, vocab_ids=draft_ids)
         proposers["draft"] = DraftModelProposer(draft_runner, vocab_size=vocab, max_batch_tokens=4096)
-    info = ModelInfo("m", 0, 256, vocab, TableTokenizer(vocab), tuple(proposers), next(reversed(proposers)))
-    served = {"m": ServedModel(info, runner, proposers, FixedPolicy(max_draft_tokens), rule)}
+    info = ModelInfo(
+        "m",
+        0,
+        256,
+        vocab,
+        TableTokenizer(vocab),
+        tuple(proposers),
+        next(reversed(proposers)),
+        max_draft_tokens,
+        min_lenience,
+    )
+    served = {"m": ServedModel(info, runner, proposers, policy or FixedPolicy(), rule, lenience_form)}
     blocks = KvBlocks(num_blocks)
     scheduler = Scheduler(served, blocks, max_batch_tokens=4096, max_running=512)
-    return Engine(served, blocks, scheduler, Recorder(), seed=seed)
+    return Engine(served, blocks, scheduler, observer or Recorder(), seed=seed)

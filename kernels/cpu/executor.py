@@ -45,7 +45,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """A decoder of the Llama family. ``embedding``: fp32 or bf16 [vocab, hidden]; ``inv_freq``: fp32 [head_dim / 2]."""
+    """A decoder of the Llama family.
+
+    Attributes:
+        vocab: token ids that it reads, the rows of ``embedding``.
+        inv_freq: fp32 [head_dim / 2].
+        embedding: fp32 or bf16 [vocab, hidden].
+        head: one output per logit; ``vocab`` of them unless ``vocab_ids`` says otherwise.
+        vocab_ids: of a restricted vocabulary, the token id of each logit, ascending, int32 [head outputs].
+    """
 
     hidden: int
     ffn: int
@@ -60,6 +68,7 @@ class DecoderPlan:
     final_norm: Tensor
     head: PackedLinear
     layers: tuple[LayerPlan, ...]
+    vocab_ids: Tensor | None = None
 
     @property
     def linears(self) -> list[PackedLinear]:
@@ -84,12 +93,12 @@ class _Layer(ctypes.Structure):
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, I32) for name in ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab")),
+        *((name, I32) for name in ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim")),
         *((name, I32) for name in ("embedding_format", "kv_format", "block_tokens")),
         *((name, F32) for name in ("eps", "rope_scale")),
         *((name, PTR) for name in ("inv_freq", "embedding", "final_norm", "layers")),
         ("head", LinearStruct),
-        ("kv", PTR),
+        *((name, PTR) for name in ("vocab_ids", "kv")),
         ("block_bytes", I64),
     )
 
@@ -141,7 +150,6 @@ class Executor:
             plan.heads,
             plan.kv_heads,
             plan.head_dim,
-            plan.vocab,
             KV_CODES[plan.embedding.dtype],
             KV_CODES[kv_dtype],
             block_tokens,
@@ -152,6 +160,7 @@ class Executor:
             plan.final_norm.data_ptr(),
             ctypes.addressof(self._layers),
             linear_struct(plan.head),
+            pointer(plan.vocab_ids),
             kv.data_ptr(),
             kv.shape[1],
         )
@@ -170,9 +179,9 @@ class Executor:
             wanted: rows to put through the head.
 
         Returns:
-            fp32 [len(wanted), vocab].
+            fp32 [len(wanted), head outputs].
         """
-        logits = torch.empty(len(wanted), self._plan.vocab)
+        logits = torch.empty(len(wanted), self._plan.head.out_features)
         batch = _BatchArrays(tokens, spans, wanted, logits)
         status = self._library.pl_forward(
             ctypes.addressof(self._model), batch.address, self._pool.handle, self._pool.isa_code
@@ -194,7 +203,7 @@ class Executor:
             drafting: (index in spans, tokens to draft), in the order of ``wanted``; lengths at least 1.
 
         Returns:
-            Draft tokens per drafting sequence.
+            Draft tokens per drafting sequence: token ids, also of a restricted vocabulary.
         """
         stride = max(length for _, length in drafting)
         out = (I32 * (stride * len(drafting)))()

@@ -54,12 +54,6 @@ def check_refusals(body: GenerationBody) -> None:
         value = getattr(body, refusal.field)
         if value is not None and not refusal.asks_nothing(value):
             raise InvalidRequestError(refusal.message, param=refusal.field, code="unsupported_parameter")
-    if body.speculation is not None and body.speculation.lenience not in (None, 1.0):
-        raise InvalidRequestError(
-            "'speculation.lenience' other than 1 is not supported yet by this version.",
-            param="speculation.lenience",
-            code="unsupported_parameter",
-        )
 
 
 def _table(body: GenerationBody) -> tuple[Refusal, ...]:

@@ -8,7 +8,7 @@ from typing import Final
 
 from paceline.server.api.prompts import check_vocabulary
 from paceline.server.api.schemas import MAX_STOP_CHARS, GenerationBody, SpeculationBody
-from paceline.server.engine.interface import ModelInfo
+from paceline.server.engine.interface import ModelInfo, check_lenience
 from paceline.server.engine.request import SamplingParams, SpeculationParams
 from paceline.server.errors import ContextLengthError, InvalidRequestError
 
@@ -81,12 +81,14 @@ def sampling_params(
     )
 
 
-def speculation_params(wish: SpeculationBody | None, model: ModelInfo) -> SpeculationParams:
+def speculation_params(
+    wish: SpeculationBody | None, model: ModelInfo, *, seeded: bool
+) -> SpeculationParams:
     """A request's wishes for speculation, checked against what the model can do.
 
     Raises:
-        InvalidRequestError: an unknown draft, or speculation where none is configured. (The engine itself
-            bounds the block length.)
+        InvalidRequestError: an unknown draft, speculation where none is configured, or a lenience that the model or
+            the seed rules out. (The engine itself bounds the block length.)
     """
     if wish is None:
         return SpeculationParams()
@@ -103,8 +105,13 @@ def speculation_params(wish: SpeculationBody | None, model: ModelInfo) -> Specul
             f"'speculation.draft': {_listing(model.drafts)}.",
             param="speculation.enabled",
         )
+    lenience = 1.0 if wish.lenience is None else wish.lenience
+    check_lenience(lenience, model, seeded=seeded)
     return SpeculationParams(
-        enabled=wish.enabled is not False, max_draft_tokens=wish.max_draft_tokens, draft=wish.draft
+        enabled=wish.enabled is not False,
+        max_draft_tokens=wish.max_draft_tokens,
+        draft=wish.draft,
+        lenience=lenience,
     )
 
 

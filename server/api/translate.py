@@ -121,7 +121,7 @@ def _job(
     renderer: Renderer,
 ) -> Job:
     job_id = f"{prefix}-{uuid4().hex}"
-    speculation = speculation_params(body.speculation, model)
+    speculation = speculation_params(body.speculation, model, seeded=body.seed is not None)
     requests = tuple(
         Request(f"{job_id}-{i}", model.name, prompt.ids, params, speculation, body.n, prefix == "cmpl")
         for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))

@@ -70,13 +70,16 @@ class SpeculationConfig:
 
     draft: str | None = _key('Draft model reference, "ngram" or "none".', None, none_word="none")
     max_draft_tokens: int = _key("Draft tokens per block.", 4, low=1, high=MAX_DRAFT_TOKENS)
-    policy: Literal["fixed"] = _key(
-        "How the draft length is chosen.", "fixed", refused={"adaptive": f'{_LATER}; use "fixed"'}
+    policy: Literal["adaptive", "fixed"] = _key(
+        "How the draft length is chosen: adaptive drafts up to max_draft_tokens as far as it pays, fixed always them.",
+        "adaptive",
     )
-    ngram: bool = _key("Let requests choose n-gram proposals beside the draft.", True)
+    ngram: bool = _key("Let requests, and the adaptive policy, use n-gram proposals beside the draft.", True)
     verify: Literal["block", "token"] = _key("Verification rule for unseeded sampling.", "block")
-    min_lenience: float = _key("Least lenience that requests may ask for; 1 is exact.", 1.0, only=1.0)
-    lenience_form: Literal["exp"] = _key("Form of the lenience function.", "exp")
+    min_lenience: float = _key("Least lenience that requests may ask for; 1 is exact.", 1.0, above=0, high=1)
+    lenience_form: Literal["exp", "lin", "sq"] = _key(
+        "What lenience e makes of a probability p: exp p^e, lin p/e, sq p/e^2.", "exp"
+    )
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Key:
 
     Attributes:
         none_word: the word that stands for None ("auto", "none"), if None is allowed.
-        low, high: inclusive bounds. ``above``: exclusive lower bound. ``only``: the one value accepted now.
+        low, high: inclusive bounds. ``above``: exclusive lower bound.
         refused: words of the contract that this version answers with a sentence of its own.
         flag: ``--name``, or the metavariable of the positional argument.
     """
@@ -133,7 +136,6 @@ class Key:
     low: float | None = None
     high: float | None = None
     above: float | None = None
-    only: float | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     secret: bool = False
 

@@ -50,10 +50,8 @@ def expected(key: Key) -> str:
 
 
 def _range(key: Key) -> str:
-    if key.only is not None:
-        return f" that is {key.only:g} (others are not available in this version)"
     if key.above is not None:
-        return f" above {key.above:g}"
+        return f" above {key.above:g}" + ("" if key.high is None else f" and at most {key.high:g}")
     if key.low is not None and key.high is not None:
         return f" from {key.low:g} to {key.high:g}"
     return "" if key.low is None else f" of at least {key.low:g}"
@@ -81,7 +79,6 @@ def _allowed(key: Key, value: Any) -> bool:
         (key.low is None or value >= key.low)
         and (key.high is None or value <= key.high)
         and (key.above is None or value > key.above)
-        and (key.only is None or value == key.only)
     )
 
 

@@ -37,6 +37,11 @@ class NgramIndex:
                 self._followers[key] = len(self._tokens)
             self._tokens.append(token)
 
+    @property
+    def match_length(self) -> int:
+        """Length of the longest known suffix, the one a proposal continues; 0 if there is none."""
+        return next((len(key) for key in self._suffixes() if key in self._followers), 0)
+
     def propose(self, max_tokens: int) -> tuple[int, ...]:
         """Continue the sequence as its longest known suffix was continued last time.
 

@@ -1,9 +1,10 @@
 """Verification of draft blocks: how many draft tokens are accepted, and which token comes after them.
 
-Owns the three exact rules. Greedy and seeded choices compare the draft with the tokens the target would have
-chosen (coupled verification, Daliri et al. 2408.07978); unseeded sampled choices use the token-wise rule of
-speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) or block verification (Sun et al.
-2403.10444). Whatever the draft proposed, committed tokens follow the target's processed distribution.
+Owns the three exact rules and the lossy one. Greedy and seeded choices compare the draft with the tokens the
+target would have chosen (coupled verification, Daliri et al. 2408.07978); unseeded sampled choices use the
+token-wise rule of speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) or block verification (Sun et al.
+2403.10444). Whatever the draft proposed, committed tokens follow the target's processed distribution. Only
+lenience (DistillSpec, 2310.08461), where a request asks for it, trades that for acceptance.
 
 Words: *accepted* draft tokens are kept; after the first rejection comes one *recovered* token; after a block
 that is accepted whole comes one *bonus* token. Shapes: B blocks, K = longest block, V = vocabulary; p is the
@@ -11,19 +12,26 @@ target's distribution, q the one the draft tokens were really drawn from. Knows 
 draft model.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from paceline.server.decoding.rows import Row, is_unseeded
+from paceline.server.decoding.rows import Row, is_greedy, is_seeded, is_unseeded
 from paceline.server.decoding.sampler import draw, random_uniforms, sample
 
 Rule = Literal["token", "block"]
+LenienceForm = Literal["exp", "lin", "sq"]
+_Group = Literal["coupled", "sampled", "lenient greedy", "lenient sampled"]
+#: p, q, drafts and lengths of ``verify_token``; with uniforms they are what a rule gets.
+_Padded = tuple[Tensor, Tensor, Tensor, Tensor]
+_Check = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,18 @@ class DraftBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class Lenience:
+    """How far acceptance may leave exactness, with e in (0, 1] per block; 1 is exact.
+
+    Sampled: accepted with probability min(1, f(p(y), e) / q(y)), f = p^e ("exp"), p / e ("lin") or p / e^2 ("sq").
+    Greedy: accepted if p1(y) >= e max p1, p1 the softmax at temperature 1 after bias, penalties and masks.
+    """
+
+    values: Sequence[float]
+    form: LenienceForm = "exp"
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """``accepted`` draft tokens are committed, and after them ``token_id`` (recovered or bonus)."""
 
@@ -54,6 +74,7 @@ def verify(
     blocks: Sequence[DraftBlock],
     rule: Rule,
     generator: torch.Generator,
+    lenience: Lenience | None = None,
 ) -> list[Verdict]:
     """Verify a ragged batch of draft blocks against the target's scores.
 
@@ -62,8 +83,9 @@ def verify(
             row j being the target's position after j draft tokens. An empty block is a plain draw.
         rows: N rows that match ``scores``; ``output_ids`` of row j includes the first j draft tokens.
         blocks: the draft blocks.
-        rule: for unseeded sampled choices; the others are always coupled.
+        rule: for unseeded sampled choices without lenience, where it is always token-wise; the others are coupled.
         generator: numbers for unseeded sampled choices.
+        lenience: e per block; None is exact everywhere. Seeded choices are exact in any case.
 
     Returns:
         One verdict per block.
@@ -73,21 +95,46 @@ def verify(
         f"{len(rows)} rows, {scores.shape[0]} scores, blocks {sizes}"
     )
     starts = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+    values = [1.0] * len(blocks) if lenience is None else lenience.values
+    groups = _group([rows[at] for at in starts], sizes, values)
     verdicts: dict[int, Verdict] = {}
-    coupled = [i for i, at in enumerate(starts) if sizes[i] == 1 or not is_unseeded(rows[at])]
-    if coupled:
-        spans = [(starts[i], starts[i] + sizes[i]) for i in coupled]
-        outputs = _draw_spans(scores, rows, spans, generator)
-        drafts = [blocks[i].token_ids for i in coupled]
-        verdicts.update(zip(coupled, map(match_prefix, outputs, drafts), strict=True))
-    sampled = [i for i in range(len(blocks)) if i not in verdicts]
-    if sampled:
-        p, q, drafts_t, lengths = _pad(scores, [starts[i] for i in sampled], [blocks[i] for i in sampled])
-        uniforms = random_uniforms(tuple(drafts_t.shape), generator, scores.device)
-        accepted, following = _RULES[rule](p, q, drafts_t, lengths, uniforms)
-        pairs = zip(accepted.tolist(), sample(following, generator).tolist(), strict=True)
-        verdicts.update(zip(sampled, (Verdict(*pair) for pair in pairs), strict=True))
+    if chosen := groups["coupled"]:
+        outputs = _draw_spans(scores, rows, [(starts[i], starts[i] + sizes[i]) for i in chosen], generator)
+        drafts = [blocks[i].token_ids for i in chosen]
+        verdicts.update(zip(chosen, map(match_prefix, outputs, drafts), strict=True))
+    for i in groups["lenient greedy"]:
+        span = scores[starts[i] : starts[i] + sizes[i]]
+        verdicts[i] = match_likely(span, blocks[i].token_ids, values[i])
+    if chosen := groups["sampled"]:
+        padded = _pad(scores, [starts[i] for i in chosen], [blocks[i] for i in chosen])
+        verdicts.update(zip(chosen, _draw_verdicts(_RULES[rule], padded, generator), strict=True))
+    if chosen := groups["lenient sampled"]:
+        assert lenience is not None
+        check = partial(verify_token, lenience=Lenience([values[i] for i in chosen], lenience.form))
+        padded = _pad(scores, [starts[i] for i in chosen], [blocks[i] for i in chosen])
+        verdicts.update(zip(chosen, _draw_verdicts(check, padded, generator), strict=True))
     return [verdicts[i] for i in range(len(blocks))]
+
+
+def _group(rows: Sequence[Row], sizes: Sequence[int], values: Sequence[float]) -> dict[_Group, list[int]]:
+    """Which blocks are verified in which way: first row, rows and lenience of each."""
+    groups: dict[_Group, list[int]] = {name: [] for name in get_args(_Group)}
+    for i, (row, size, value) in enumerate(zip(rows, sizes, values, strict=True)):
+        lenient = value < 1 and size > 1 and not is_seeded(row)
+        if lenient:
+            groups["lenient greedy" if is_greedy(row) else "lenient sampled"].append(i)
+        else:
+            groups["sampled" if size > 1 and is_unseeded(row) else "coupled"].append(i)
+    return groups
+
+
+def _draw_verdicts(check: _Check, padded: _Padded, generator: torch.Generator) -> list[Verdict]:
+    """Let a rule decide with fresh uniforms, and draw the token that follows."""
+    drafts = padded[2]
+    uniforms = random_uniforms(tuple(drafts.shape), generator, drafts.device)
+    accepted, following = check(*padded, uniforms)
+    pairs = zip(accepted.tolist(), sample(following, generator).tolist(), strict=True)
+    return [Verdict(*pair) for pair in pairs]
 
 
 def match_prefix(outputs: Sequence[int], drafts: Sequence[int]) -> Verdict:
@@ -103,8 +150,32 @@ def match_prefix(outputs: Sequence[int], drafts: Sequence[int]) -> Verdict:
     return Verdict(accepted, outputs[accepted])
 
 
+def match_likely(scores: Tensor, drafts: Sequence[int], value: float) -> Verdict:
+    """Greedy verification with lenience: a draft token is accepted if it is at least ``value`` times as likely as the
+    likeliest one.
+
+    Args:
+        scores: fp32 [K + 1, V], which are the logits of temperature 1 for greedy choices.
+        drafts: the K draft tokens.
+        value: e in (0, 1].
+    """
+    best = scores.max(dim=1)
+    accepted = 0
+    while accepted < len(drafts):
+        behind = best.values[accepted] - scores[accepted, drafts[accepted]]
+        if math.exp(-float(behind)) < value:
+            break
+        accepted += 1
+    return Verdict(accepted, int(best.indices[accepted]))
+
+
 def verify_token(
-    p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor, uniforms: Tensor
+    p: Tensor,
+    q: Tensor,
+    drafts: Tensor,
+    lengths: Tensor,
+    uniforms: Tensor,
+    lenience: Lenience | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token-wise speculative sampling (2211.17192, algorithm 1).
 
@@ -114,11 +185,13 @@ def verify_token(
         drafts: int64 [B, K] draft tokens; any valid id past a block's length.
         lengths: int64 [B], each 0..K.
         uniforms: float64 [B, K] in [0, 1).
+        lenience: e for each of the B blocks. A rejection still implies p(y) < q(y), so that the recovered token comes
+            from the same residual.
 
     Returns:
         ``accepted`` int64 [B] and the distribution of the token that follows, fp32 [B, V].
     """
-    kept = (uniforms < token_acceptance(p, q, drafts)) & _inside(lengths, drafts)
+    kept = (uniforms < token_acceptance(p, q, drafts, lenience)) & _inside(lengths, drafts)
     accepted = kept.long().cumprod(dim=1).sum(dim=1)
     return accepted, _following(p, q, accepted, scale=None)
 
@@ -139,12 +212,12 @@ def verify_block(
     return accepted, _following(p, q, accepted, scale=scale.float())
 
 
-def token_acceptance(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
-    """min(1, p_i(y_i) / q_i(y_i)), float64 [B, K].
+def token_acceptance(p: Tensor, q: Tensor, drafts: Tensor, lenience: Lenience | None = None) -> Tensor:
+    """min(1, f(p_i(y_i)) / q_i(y_i)), float64 [B, K]; f is the identity without lenience.
 
     A token with q = 0 cannot have been drawn; it is refused.
     """
-    return _ratios(p, q, drafts).clamp_(max=1.0)
+    return _ratios(p, q, drafts, lenience).clamp_(max=1.0)
 
 
 def block_acceptance(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,10 +244,13 @@ def block_acceptance(p: Tensor, q: Tensor, drafts: Tensor, lengths: Tensor) -> t
     return torch.where(last, joint, acceptance), joint
 
 
-def _ratios(p: Tensor, q: Tensor, drafts: Tensor) -> Tensor:
-    """p_i(y_i) / q_i(y_i) in float64, where fp32 quotients neither overflow nor vanish; 0 where q is 0."""
+def _ratios(p: Tensor, q: Tensor, drafts: Tensor, lenience: Lenience | None = None) -> Tensor:
+    """f(p_i(y_i)) / q_i(y_i) in float64, where fp32 quotients neither overflow nor vanish; 0 where q is 0."""
     at = drafts.unsqueeze(2)
     p_drafts = p[:, :-1].gather(2, at).squeeze(2).double()
+    if lenience is not None:
+        values = torch.tensor(lenience.values, dtype=torch.float64, device=p.device).unsqueeze(1)
+        p_drafts = _LENIENT[lenience.form](p_drafts, values)
     q_drafts = q.gather(2, at).squeeze(2).double()
     return torch.where(q_drafts > 0, p_drafts / q_drafts, 0.0)
 
@@ -214,9 +290,7 @@ def _draw_spans(
     return [[next(outputs) for _ in range(start, end)] for start, end in spans]
 
 
-def _pad(
-    scores: Tensor, starts: Sequence[int], blocks: Sequence[DraftBlock]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pad(scores: Tensor, starts: Sequence[int], blocks: Sequence[DraftBlock]) -> _Padded:
     """p, q, drafts and lengths of ``verify_token`` for blocks of at least one token each."""
     lengths = [len(block.token_ids) for block in blocks]
     longest = max(lengths)
@@ -236,4 +310,9 @@ def _pad(
     return p, q, torch.tensor(drafts, device=device), torch.tensor(lengths, device=device)
 
 
-_RULES = {"token": verify_token, "block": verify_block}
+_RULES: Mapping[Rule, _Check] = {"token": verify_token, "block": verify_block}
+_LENIENT: Mapping[LenienceForm, Callable[[Tensor, Tensor], Tensor]] = {
+    "exp": torch.pow,
+    "lin": torch.div,
+    "sq": lambda p, e: p / e**2,
+}

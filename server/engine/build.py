@@ -15,7 +15,7 @@ import torch
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import LANES
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
-from paceline.server.decoding.policy import FixedPolicy
+from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
@@ -29,7 +29,7 @@ from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
 from paceline.server.models.llama import Decoder
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
-from paceline.server.models.manifest import check_tokenizer
+from paceline.server.models.manifest import check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
 from paceline.server.models.tokenizer import load_tokenizer
 
@@ -112,16 +112,26 @@ def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
     target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
-    return _Parts(spec, tokenizer, target, _load_draft(spec, tokenizer, loader))
+    if target.config.head_rows != target.config.vocab_size:
+        raise ConfigError(
+            f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
+            "serve its target and name it with --draft"
+        )
+    return _Parts(spec, tokenizer, target, _load_draft(spec, path, tokenizer, loader))
 
 
-def _load_draft(spec: ModelSpec, tokenizer: Tokenizer, loader: ModelLoader) -> LoadedModel | None:
+def _load_draft(
+    spec: ModelSpec, target: Path, tokenizer: Tokenizer, loader: ModelLoader
+) -> LoadedModel | None:
     reference = spec.speculation.draft
     if reference is None or reference == "ngram":
         return None
     path = resolve(reference)
+    manifest = read_manifest(path)
+    if manifest is not None:
+        check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
     check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights))
+    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights, target=target))
 
 
 def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
@@ -134,6 +144,7 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
             runners[parts.draft.key],
             vocab_size=target.config.vocab_size,
             max_batch_tokens=engine.max_batch_tokens,
+            num_proposable=parts.draft.config.head_rows,
         )
     if spec.speculation.ngram or default == "ngram":
         proposers["ngram"] = NgramProposer()
@@ -146,10 +157,18 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
         drafts=tuple(proposers),
         default_draft=default,
         max_draft_tokens=spec.speculation.max_draft_tokens,
+        min_lenience=spec.speculation.min_lenience,
         system_fingerprint=_fingerprint(target.key),
     )
-    policy = FixedPolicy(spec.speculation.max_draft_tokens)
-    return ServedModel(info, runners[target.key], proposers, policy, spec.speculation.verify)
+    policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
+    return ServedModel(
+        info,
+        runners[target.key],
+        proposers,
+        policy,
+        spec.speculation.verify,
+        spec.speculation.lenience_form,
+    )
 
 
 def _context_length(parts: _Parts) -> int:

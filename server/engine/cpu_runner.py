@@ -9,6 +9,7 @@ from paceline.kernels.cpu.executor import DecoderPlan, Executor, Span
 from paceline.kernels.cpu.library import Pool
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
+from paceline.server.engine.runner import spread
 
 
 class CpuRunner:
@@ -25,13 +26,15 @@ class CpuRunner:
     ) -> None:
         self.layout = layout
         self.vocab_size = plan.vocab
+        self._vocab_ids = plan.vocab_ids
         self.device = torch.device("cpu")
         self._pool = pool
         self._executor = Executor(plan, pool, buffer, kv_dtype=kv_dtype, block_tokens=layout.block_tokens)
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Runner.forward``."""
-        return self._executor.forward(batch.tokens, _spans(batch), batch.wanted)
+        logits = self._executor.forward(batch.tokens, _spans(batch), batch.wanted)
+        return spread(logits, self._vocab_ids, self.vocab_size)
 
     def argmax(self, logits: Tensor) -> list[int]:
         """See ``Runner.argmax``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paceline.server.decoding.logprobs import token_logprobs
 from paceline.server.decoding.sampler import process
-from paceline.server.decoding.verify import DraftBlock, Verdict, match_prefix, verify
+from paceline.server.decoding.verify import DraftBlock, Lenience, Verdict, match_prefix, verify
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.interface import EngineObserver, FinishedReason, Load, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -22,7 +22,7 @@ from paceline.server.engine.proposers import make_row
 from paceline.server.engine.request import Request, TokenEvent, TokenLogprob
 from paceline.server.engine.scheduler import Scheduled, Scheduler, StepPlan
 from paceline.server.engine.sequence import Sequence
-from paceline.server.engine.served import ServedModel
+from paceline.server.engine.served import Outcome, ServedModel
 from paceline.server.errors import InvalidRequestError, UnknownModelError
 
 
@@ -42,6 +42,17 @@ class _InFlight:
         """Logits row that predicts the token after all known ones; the draft tokens' rows follow it."""
         stop: int = self.logits.stop
         return stop - len(self.block.token_ids) - 1
+
+    @property
+    def is_exact_argmax(self) -> bool:
+        """Whether each position's token is the argmax of its logits, and nothing else will do."""
+        sequence = self.item.sequence
+        return sequence.takes_raw_argmax and not (sequence.is_lenient and self.block.token_ids)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the policy learns from it."""
+        return Outcome(self.item, len(self.block.token_ids), self.verdict.accepted if self.verdict else 0)
 
 
 class Engine:
@@ -90,7 +101,7 @@ class Engine:
             raise UnknownModelError(f"unknown model {request.model!r}", param="model", code="model_not_found")
         model.check(request)
         longest = len(request.prompt_ids) + request.sampling.max_tokens
-        needed = sum(layout.blocks_for(longest) for layout in model.layouts(request))
+        needed = model.runner.layout.blocks_for(longest)  # without the draft's: it gives way
         if needed > self._blocks.num_blocks:
             raise InvalidRequestError(
                 f"prompt and max_tokens ({longest} tokens) need {needed} KV blocks, but the server has "
@@ -127,6 +138,7 @@ class Engine:
         clock.mark("sample")
         events = [event for row in rows if (event := self._commit(row, logits)) is not None]
         clock.mark("commit")
+        model.learn([row.outcome for row in rows], clock.phases)
         self._scheduler.charge(plan.model, clock.total)
         self._observer.on_step(_step_stats(plan, rows, events, clock.phases))
         return events
@@ -138,7 +150,7 @@ class Engine:
             return
         index = [i for row in drawing for i in range(row.first_drawn, row.logits.stop)]
         chosen = logits if len(index) == len(logits) else logits[index]
-        if all(row.item.sequence.takes_raw_argmax for row in drawing):
+        if all(row.is_exact_argmax for row in drawing):
             outputs = iter(model.runner.argmax(chosen))
             for row in drawing:
                 drafted = row.block.token_ids
@@ -150,7 +162,14 @@ class Engine:
             for i in range(len(row.block.token_ids) + 1)
         ]
         scores = process(chosen, states)
-        verdicts = verify(scores, states, [row.block for row in drawing], model.rule, self._generator)
+        verdicts = verify(
+            scores,
+            states,
+            [row.block for row in drawing],
+            model.rule,
+            self._generator,
+            _lenience(model, drawing),
+        )
         for row, verdict in zip(drawing, verdicts, strict=True):
             row.verdict = verdict
 
@@ -227,6 +246,12 @@ def _assemble(items: SequenceOf[Scheduled], drafts: SequenceOf[DraftBlock]) -> t
     return batch, rows
 
 
+def _lenience(model: ServedModel, rows: SequenceOf[_InFlight]) -> Lenience | None:
+    if not any(row.item.sequence.is_lenient for row in rows):
+        return None
+    return Lenience([row.item.sequence.request.speculation.lenience for row in rows], model.lenience_form)
+
+
 def _score(sequence: Sequence, logits: Tensor, kept: SequenceOf[int]) -> tuple[TokenLogprob, ...] | None:
     top = sequence.sampling.logprobs
     if top is None:
@@ -269,6 +294,7 @@ def _step_stats(
         prefix_queries=plan.prefix_queries,
         prefix_hits=plan.prefix_hits,
         preemptions=plan.preemptions,
+        disabled=plan.disabled,
     )
 
 

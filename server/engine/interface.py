@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from paceline.server.decoding.policy import Reason
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenEvent
+from paceline.server.errors import InvalidRequestError
 
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
 #: Why a choice ended; "abort" when the client left.
@@ -51,7 +53,8 @@ class ModelInfo:
     """A served model as clients may know it.
 
     ``drafts`` are the proposer names a request may choose; ``default_draft`` is None when speculation is off by
-    default. ``system_fingerprint`` changes when weights, formats or engine change.
+    default. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
+    formats or engine change.
     """
 
     name: str
@@ -62,7 +65,28 @@ class ModelInfo:
     drafts: tuple[str, ...] = ()
     default_draft: str | None = None
     max_draft_tokens: int = 0
+    min_lenience: float = 1.0
     system_fingerprint: str = ""
+
+
+def check_lenience(lenience: float, model: ModelInfo, *, seeded: bool) -> None:
+    """Raise InvalidRequestError for a ``speculation.lenience`` that the model or the request's seed rules out."""
+    if lenience == 1:
+        return
+    if lenience < model.min_lenience:
+        allowed = "is exact" if model.min_lenience == 1 else f"allows {model.min_lenience:g} at the least"
+        raise InvalidRequestError(
+            f"'speculation.lenience' {lenience:g} is not allowed: the model '{model.name}' {allowed}; raise the "
+            "value, or lower min_lenience in the server's configuration.",
+            param="speculation.lenience",
+            code="lenience_not_allowed",
+        )
+    if seeded:
+        raise InvalidRequestError(
+            "'speculation.lenience' below 1 lets the draft change the text, which 'seed' rules out; leave one out.",
+            param="speculation.lenience",
+            code="lenience_not_allowed",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +103,8 @@ class StepStats:
 
     ``phase_seconds`` has the keys schedule, draft, forward, sample and commit.
     ``accepted_per_block`` and ``drafted_per_block`` have one entry per verified block, same order.
-    ``disabled`` lists reasons for which speculation was skipped for a sequence that wanted it.
+    ``disabled`` has one reason per decoding sequence for which nothing was drafted though the model could have
+    (``decoding.policy.Reason``).
     """
 
     model: str
@@ -91,7 +116,7 @@ class StepStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
-    disabled: Sequence[str] = ()
+    disabled: Sequence[Reason] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ the distribution of the output, only the speed.
 """
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paceline.server.decoding.ngram import NgramIndex
+from paceline.server.decoding.policy import CATCH_UP_TOKENS, Option
 from paceline.server.decoding.rows import Row
 from paceline.server.decoding.sampler import draw, probabilities, process
 from paceline.server.decoding.verify import DraftBlock
@@ -23,6 +25,18 @@ from paceline.server.engine.scheduler import Scheduled
 from paceline.server.engine.sequence import Sequence
 
 EMPTY_BLOCK = DraftBlock((), None)
+#: The proposer's name by which requests choose prompt lookup.
+NGRAM = "ngram"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftWork:
+    """Forwards of a draft model in one step, and their token rows; ``catch_up_rows`` of them were known
+    text of sequences with more than ``CATCH_UP_TOKENS`` of it."""
+
+    forwards: int = 0
+    rows: int = 0
+    catch_up_rows: int = 0
 
 
 class Proposer(Protocol):
@@ -32,6 +46,14 @@ class Proposer(Protocol):
     """
 
     layout: MemberLayout | None
+
+    def option(self, name: str, sequence: Sequence) -> Option | None:
+        """What drafting for a decoding sequence would start from, ``name`` being its source; None if it cannot."""
+        ...
+
+    def take_work(self) -> DraftWork | None:
+        """Work of a draft model since the last call; None without one."""
+        ...
 
     def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
         """One block per item, at most ``item.draft_tokens`` long."""
@@ -50,6 +72,15 @@ class NgramProposer:
     def __init__(self) -> None:
         self._indexes: dict[Sequence, NgramIndex] = {}
 
+    def option(self, name: str, sequence: Sequence) -> Option | None:
+        """See ``Proposer.option``."""
+        matched = self._index(sequence).match_length if sequence.draft_limit else 0
+        return Option(name, strength=matched) if matched else None
+
+    def take_work(self) -> DraftWork | None:
+        """See ``Proposer.take_work``."""
+        return None
+
     def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
         """See ``Proposer.propose``; deterministic, so blocks carry no probabilities."""
         return [self._block(item) if item.draft_tokens else EMPTY_BLOCK for item in items]
@@ -59,32 +90,54 @@ class NgramProposer:
         self._indexes.pop(sequence, None)
 
     def _block(self, item: Scheduled) -> DraftBlock:
-        index = self._indexes.setdefault(item.sequence, NgramIndex())
-        index.extend(item.sequence.tokens[len(index) :])
-        return DraftBlock(index.propose(item.draft_tokens), None)
+        return DraftBlock(self._index(item.sequence).propose(item.draft_tokens), None)
+
+    def _index(self, sequence: Sequence) -> NgramIndex:
+        index = self._indexes.setdefault(sequence, NgramIndex())
+        index.extend(sequence.tokens[len(index) :])
+        return index
 
 
 class DraftModelProposer:
     """Drafts with a small model of the same tokenizer.
 
-    The draft computes a sequence's known tokens under the same token budget as the target's prefill; a sequence
-    whose draft has not caught up yet is not drafted for.
+    The draft computes a sequence's known tokens only when it is to draft for it, under the same token budget as the
+    target's prefill; a sequence whose draft has not caught up yet is not drafted for.
 
     Args:
         runner: the draft model.
         vocab_size: the target's; draft logits are cut or padded with -inf to it.
         max_batch_tokens: known tokens the draft may compute per step.
+        num_proposable: ids that the draft has logits for; None is all.
     """
 
-    def __init__(self, runner: Runner, *, vocab_size: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, runner: Runner, *, vocab_size: int, max_batch_tokens: int, num_proposable: int | None = None
+    ) -> None:
         self.layout: MemberLayout | None = runner.layout
+        self._num_proposable = num_proposable or runner.vocab_size
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_batch_tokens = max_batch_tokens
+        self._work = DraftWork()
+
+    def option(self, name: str, sequence: Sequence) -> Option | None:
+        """See ``Proposer.option``."""
+        assert sequence.draft is not None
+        if not sequence.draft_limit or not self._can_propose(sequence):
+            return None
+        missing = len(sequence.tokens) - sequence.draft.num_computed
+        return Option(name, by_model=True, missing=max(1, missing))
+
+    def take_work(self) -> DraftWork | None:
+        """See ``Proposer.take_work``."""
+        work, self._work = self._work, DraftWork()
+        return work
 
     def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
         """See ``Proposer.propose``; blocks of sampled requests carry the distributions they were drawn from."""
         batch, drafting = self._catch_up(items)
+        self._work = _work(batch, drafting)
         runner = self._runner
         fits = (
             runner.vocab_size <= self._vocab_size
@@ -105,19 +158,23 @@ class DraftModelProposer:
         for item in items:
             table, sequence = item.sequence.draft, item.sequence
             assert table is not None
-            if item.draft_tokens:  # the newest token's logits are needed, even if it was computed before
-                table.rollback(len(sequence.tokens) - 1)
-            missing = sequence.tokens[table.num_computed :] if sequence.draft_limit else []
+            table.rollback(len(sequence.tokens) - 1)  # the newest token's logits are needed in any case
+            missing = sequence.tokens[table.num_computed :]
             chunk = missing[:budget]
             if not chunk:
                 continue
             budget -= len(chunk)
-            ready = len(chunk) == len(missing) and item.draft_tokens > 0
+            ready = len(chunk) == len(missing) and self._can_propose(sequence)
             batch.add(table, self._known(chunk), num_wanted=int(ready))
             table.num_computed += len(chunk)
             if ready:
                 drafting.append(_Drafting(item, len(batch.sequences) - 1))
         return batch, drafting
+
+    def _can_propose(self, sequence: Sequence) -> bool:
+        """False where stop ids that are masked for now may be all that a draft of few ids knows."""
+        masked = sequence.masked_until_min_tokens if sequence.sampling.min_tokens else ()
+        return len(masked) < self._num_proposable
 
     @staticmethod
     def _draft_greedy(runner: GreedyDrafter, batch: Batch, drafting: SequenceOf["_Drafting"]) -> None:
@@ -186,6 +243,15 @@ class _Drafting:
 
     def block(self) -> DraftBlock:
         return DraftBlock(tuple(self.tokens), torch.stack(self.probs) if self.needs_probs else None)
+
+
+def _work(batch: Batch, drafting: SequenceOf[_Drafting]) -> DraftWork:
+    """What a step's drafting will have run, from its first batch."""
+    if not batch.tokens:
+        return DraftWork()
+    forwards = max((d.item.draft_tokens for d in drafting), default=1)
+    rows = len(batch.tokens) + sum(d.item.draft_tokens - 1 for d in drafting)
+    return DraftWork(forwards, rows, sum(s.count for s in batch.sequences if s.count > CATCH_UP_TOKENS))
 
 
 def make_row(sequence: Sequence, drafted: SequenceOf[int]) -> Row:

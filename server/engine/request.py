@@ -48,12 +48,15 @@ class SpeculationParams:
     """A request's own wishes for speculation; None means the model's configured value.
 
     Attributes:
+        max_draft_tokens: longest block; under a fixed policy, the length of every block.
         draft: name of one of the model's proposers (``ModelInfo.drafts``), e.g. ``"ngram"``.
+        lenience: 1 is exact; below it more draft tokens are accepted than exactness allows.
     """
 
     enabled: bool = True
     max_draft_tokens: int | None = None
     draft: str | None = None
+    lenience: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,10 @@ from paceline.server.models.llama import Decoder, KvViews, RaggedInput
 
 
 class Runner(Protocol):
-    """What the engine needs of an executor."""
+    """What the engine needs of an executor.
+
+    A model of a restricted vocabulary has logits of minus infinity for all other ids.
+    """
 
     layout: MemberLayout
     vocab_size: int
@@ -55,6 +58,7 @@ class TorchRunner:
     def __init__(self, decoder: Decoder, layout: MemberLayout, kv: KvViews) -> None:
         self.layout = layout
         self.vocab_size = decoder.config.vocab_size
+        self._vocab_ids = decoder.vocab_ids
         self.device = decoder.embedding.device
         self._decoder = decoder
         self._kv = kv
@@ -65,8 +69,23 @@ class TorchRunner:
         tokens = torch.tensor(batch.tokens, dtype=torch.long, device=self.device)
         wanted = torch.tensor(batch.wanted, dtype=torch.long, device=self.device)
         logits: Tensor = self._decoder(RaggedInput(tokens, plan, wanted), self._kv)
-        return logits
+        return spread(logits, self._vocab_ids, self.vocab_size)
 
     def argmax(self, logits: Tensor) -> list[int]:
         """See ``Runner.argmax``."""
         return logits.argmax(dim=-1).tolist()  # torch promises the first of equal maxima
+
+
+def spread(logits: Tensor, vocab_ids: Tensor | None, vocab_size: int) -> Tensor:
+    """Logits of a restricted vocabulary in their places among all ids.
+
+    Args:
+        logits: fp32 [rows, k].
+        vocab_ids: token id of each column, int32 [k] on the same device; None returns ``logits`` as they are.
+
+    Returns:
+        fp32 [rows, vocab_size], minus infinity where there is no logit.
+    """
+    if vocab_ids is None:
+        return logits
+    return logits.new_full((len(logits), vocab_size), float("-inf")).index_copy_(1, vocab_ids.long(), logits)

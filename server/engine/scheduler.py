@@ -3,15 +3,19 @@
 Owns the queues of all served models and the block tables' growth. One step belongs to one model: the one that has
 had the least engine time among those with work (fair stepping). Running sequences come first, oldest first; then
 waiting ones are admitted in order while the token budget, the sequence limit and the KV blocks allow. When blocks
-run out, the youngest running sequence of any model is preempted and recomputed later.
+run out, drafts that are not in use lose theirs, then the youngest running sequence of any model is preempted and
+recomputed later. A draft's table holds blocks only from the first step on that drafts with it.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from paceline.server.decoding.policy import Decision, Option, Reason
 from paceline.server.engine.interface import Load
-from paceline.server.engine.kv_blocks import BlockTable, KvBlocks
+from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.sequence import Sequence
 
 #: A step's prefill gets at least this fraction (one over it) of the token budget, however many decodes and drafts run.
@@ -25,11 +29,13 @@ class Scheduled:
     Attributes:
         num_tokens: known tokens to compute (a prefill chunk, or 1).
         draft_tokens: how many tokens a proposer may draft behind them; blocks are reserved.
+        option: how they are drafted, None if none are.
     """
 
     sequence: Sequence
     num_tokens: int
     draft_tokens: int = 0
+    option: Option | None = None
 
     @property
     def completes(self) -> bool:
@@ -40,13 +46,22 @@ class Scheduled:
 
 @dataclass(slots=True)
 class StepPlan:
-    """What one step runs."""
+    """What one step runs; ``disabled`` as in ``StepStats``."""
 
     model: str
     items: list[Scheduled] = field(default_factory=list)
     prefix_queries: int = 0
     prefix_hits: int = 0
     preemptions: int = 0
+    disabled: list[Reason] = field(default_factory=list)
+
+
+class DraftPlanner(Protocol):
+    """Who decides how much is drafted for which sequence of a model."""
+
+    def plan_drafts(self, sequences: SequenceOf[Sequence]) -> list[Decision]:
+        """One decision per sequence that decodes in the coming step."""
+        ...
 
 
 @dataclass(slots=True)
@@ -64,15 +79,21 @@ class Scheduler:
     """See the module docstring.
 
     Args:
-        models: names of the served models.
+        models: the served models by name.
         blocks: the one KV pool.
         max_batch_tokens: token budget of a step; decodes and their drafts count first.
         max_running: sequences running at once, per model.
     """
 
     def __init__(
-        self, models: Iterable[str], blocks: KvBlocks, *, max_batch_tokens: int, max_running: int
+        self,
+        models: Mapping[str, DraftPlanner],
+        blocks: KvBlocks,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
     ) -> None:
+        self._models = models
         self._queues = {name: _Queue() for name in models}
         self._blocks = blocks
         self._max_batch_tokens = max_batch_tokens
@@ -123,9 +144,10 @@ class Scheduler:
     def _plan(self, name: str) -> StepPlan:
         plan, queue = StepPlan(name), self._queues[name]
         prefilling = [s for s in queue.running if _remaining(s) > 1]
-        for sequence in [s for s in queue.running if _remaining(s) == 1]:
+        decoding = [s for s in queue.running if _remaining(s) == 1]
+        for sequence, decision in zip(decoding, self._models[name].plan_drafts(decoding), strict=True):
             if sequence in queue.running:  # not preempted by an older one in this loop
-                self._decode(sequence, plan)
+                self._decode(sequence, decision, plan)
         # Decodes always run: clients wait for them, and their cost hardly depends on the batch. Prefill gets the rest
         # of the budget, but never nothing.
         budget = self._max_batch_tokens - sum(item.num_tokens + item.draft_tokens for item in plan.items)
@@ -138,14 +160,40 @@ class Scheduler:
             self._admit(queue, budget, plan)
         return plan
 
-    def _decode(self, sequence: Sequence, plan: StepPlan) -> None:
-        drafts = sequence.draft_limit
-        if drafts and not self._blocks.grow(_room(sequence, drafts)):
-            drafts = 0
-        while not drafts and not self._blocks.grow(_room(sequence, 0)):
-            if self._preempt_youngest(plan) is sequence:
+    def _decode(self, sequence: Sequence, decision: Decision, plan: StepPlan) -> None:
+        if decision.length and not self._grow_for_draft(sequence, decision):
+            decision = Decision(reason="no_room")
+        while not decision.length and not self._blocks.grow([(sequence.target, len(sequence.tokens))]):
+            if not self._drop_draft(plan, also=sequence) and self._preempt_youngest(plan) is sequence:
                 return
-        plan.items.append(Scheduled(sequence, 1, drafts))
+        plan.items.append(Scheduled(sequence, 1, decision.length, decision.option))
+        if decision.reason is not None:
+            plan.disabled.append(decision.reason)
+
+    def _grow_for_draft(self, sequence: Sequence, decision: Decision) -> bool:
+        """Room for the block in the target's table and, if a draft model makes it, in the draft's."""
+        needed = len(sequence.tokens) + decision.length
+        tables = [(sequence.target, needed)]
+        if decision.option is not None and decision.option.by_model:
+            assert sequence.draft is not None
+            if not sequence.draft.blocks:
+                self._blocks.reuse_prefix(sequence.draft, sequence.tokens)
+            tables.append((sequence.draft, needed))
+        return self._blocks.grow(tables)
+
+    def _drop_draft(self, plan: StepPlan, *, also: Sequence | None = None) -> bool:
+        """Free the blocks of one draft that has been idle, or that of ``also``: they are a luxury.
+
+        False if there is none.
+        """
+        busy = {id(item.sequence) for item in plan.items if item.draft_tokens}
+        for queue in self._queues.values():
+            for sequence in queue.running:
+                unused = id(sequence) not in busy and (sequence.draft_is_idle or sequence is also)
+                if unused and sequence.draft is not None and sequence.draft.blocks:
+                    self._blocks.release(sequence.draft)
+                    return True
+        return False
 
     def _admit(self, queue: _Queue, budget: int, plan: StepPlan) -> None:
         for sequence in list(queue.waiting):
@@ -164,11 +212,11 @@ class Scheduler:
     def _start(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Reuse cached blocks and take the rest; False (and nothing taken) if they are not to be had."""
         if sequence.sampling.prompt_logprobs is None:
-            for table in sequence.tables:
-                self._blocks.reuse_prefix(table, sequence.tokens)
-        if not self._blocks.grow(_room(sequence, 0)):
-            self._release(sequence)
-            return False
+            self._blocks.reuse_prefix(sequence.target, sequence.tokens)
+        while not self._blocks.grow([(sequence.target, len(sequence.tokens))]):
+            if not self._drop_draft(plan):
+                self._release(sequence)
+                return False
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.target.num_computed
         plan.prefix_queries += len(sequence.tokens)
@@ -194,8 +242,3 @@ class Scheduler:
 def _remaining(sequence: Sequence) -> int:
     """Known tokens that are not computed yet."""
     return len(sequence.tokens) - sequence.target.num_computed
-
-
-def _room(sequence: Sequence, draft_tokens: int) -> list[tuple[BlockTable, int]]:
-    """Tokens that every member's table must hold for a step that drafts ``draft_tokens``."""
-    return [(table, len(sequence.tokens) + draft_tokens) for table in sequence.tables]

@@ -8,12 +8,15 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from paceline.server.decoding.policy import History
 from paceline.server.engine.detokenizer import IncrementalDetokenizer, StopChecker
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.engine.kv_blocks import BlockTable, MemberLayout
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenLogprob
 
 _arrivals = itertools.count()
+#: Output that a sequence is expected to have left at least, when a draft has to catch up first.
+_LEAST_EXPECTED_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -44,7 +47,8 @@ class Sequence:
     Attributes:
         tokens: prompt and committed output.
         target: block table of the target; ``draft`` that of the draft model, if one drafts for this sequence.
-        proposer: name of the proposer, None if this sequence does not speculate.
+        sources: names of the proposers that may draft for it, preferred first; none if it does not speculate.
+        draft_history: what the model's policy remembers of it.
         leader: the request's first choice, whose prefill the others wait for to share its blocks.
     """
 
@@ -56,7 +60,7 @@ class Sequence:
         tokenizer: Tokenizer,
         target: MemberLayout,
         draft: MemberLayout | None = None,
-        proposer: str | None = None,
+        sources: SequenceOf[str] = (),
         max_draft_tokens: int = 0,
         context_length: int,
         leader: "Sequence | None" = None,
@@ -68,7 +72,8 @@ class Sequence:
         self.prompt_tokens = len(self.tokens)
         self.target = BlockTable(target)
         self.draft = BlockTable(draft) if draft is not None else None
-        self.proposer, self.max_draft_tokens = proposer, max_draft_tokens
+        self.sources, self.max_draft_tokens = tuple(sources), max_draft_tokens
+        self.draft_history = History()
         self.leader = leader
         self.max_tokens = min(self.sampling.max_tokens, context_length - self.prompt_tokens)
         self.finish_reason: FinishReason | None = None
@@ -90,6 +95,21 @@ class Sequence:
     def output_tokens(self) -> int:
         """Committed output length."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def expected_tokens(self) -> int:
+        """A guess of how many tokens will still come: as many again as came so far, at least 64, within the limit."""
+        return min(self.max_tokens - self.output_tokens, max(_LEAST_EXPECTED_TOKENS, self.output_tokens))
+
+    @property
+    def draft_is_idle(self) -> bool:
+        """Whether nothing was drafted for it in the last step; 1 idle step is the one being planned."""
+        return self.draft_history.idle_steps > 1
+
+    @property
+    def is_lenient(self) -> bool:
+        """Whether draft tokens may be accepted beyond what exact verification accepts."""
+        return self.request.speculation.lenience < 1
 
     @property
     def prefilling(self) -> bool:
@@ -118,7 +138,7 @@ class Sequence:
     @property
     def draft_limit(self) -> int:
         """How many draft tokens can be of use in the next step."""
-        if self.proposer is None:
+        if not self.sources:
             return 0
         return max(0, min(self.max_draft_tokens, self.max_tokens - self.output_tokens - 1))
 

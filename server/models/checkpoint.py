@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from paceline.server.errors import ArtifactError
-from paceline.server.models.verified import known_sha256, sha256_file
+from paceline.server.models.verified import file_sha256
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,7 +57,7 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a Hugging Face folder (safetensors) or a ``.gguf`` file.
+    """Open a Hugging Face folder (safetensors) or a ``.gguf`` file; ``native_form.open_model`` opens artifacts too.
 
     Raises:
         ArtifactError: missing, truncated, damaged or pickled files.
@@ -105,7 +105,7 @@ class SafetensorsCheckpoint:
     def weights_sha256(self) -> str:
         """See ``Checkpoint.weights_sha256``; of shards, the hash of the lines ``NAME HASH`` in name order."""
         files = sorted(set(self._file_of.values()))
-        hashes = [known_sha256(file) or sha256_file(file) for file in files]
+        hashes = [file_sha256(file) for file in files]
         if len(files) == 1:
             return hashes[0]
         lines = "".join(f"{file.name} {value}\n" for file, value in zip(files, hashes, strict=True))

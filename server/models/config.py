@@ -4,9 +4,9 @@
 fields (rope parameters, layer types), this module refuses what the native engine does not compute.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from paceline.server.errors import ArtifactError, UnsupportedModelError
@@ -14,6 +14,9 @@ from paceline.server.errors import ArtifactError, UnsupportedModelError
 #: model_type in config.json -> what users call it.
 SUPPORTED = {"llama": "Llama 1-3", "mistral": "Mistral", "qwen2": "Qwen2 / Qwen2.5", "qwen3": "Qwen3"}
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+#: ``architectures`` of artifacts in native form (``native_form``), so that other loaders refuse them.
+NATIVE_ARCHITECTURE = "PacelineForCausalLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class ModelConfig:
         rope_inv_freq: head_dim / 2 rotation speeds, radians per position, scaling applied.
         rope_attention_scale: factor on cos and sin (yarn); 1.0 otherwise.
         sliding_windows: per layer, how many latest positions (own included) a query sees; None sees all.
+        head_rows: logits of the head: ``vocab_size``, or as many ids as a draft of a restricted vocabulary proposes.
     """
 
     model_type: str
@@ -44,6 +48,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
+    head_rows: int
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a checkpoint tensor by its Hugging Face name."""
@@ -58,11 +63,29 @@ class ModelConfig:
             "up_proj": (self.intermediate_size, self.hidden_size),
             "down_proj": (self.hidden_size, self.intermediate_size),
             "embed_tokens": (self.vocab_size, self.hidden_size),
-            "lm_head": (self.vocab_size, self.hidden_size),
+            "lm_head": (self.head_rows, self.hidden_size),
         }
         if part in outputs:
             return outputs[part] if kind == "weight" else outputs[part][:1]
         return (self.head_dim,) if part in ("q_norm", "k_norm") else (self.hidden_size,)
+
+    def tensor_names(self) -> list[str]:
+        """Every checkpoint tensor that the decoder is made of."""
+        block = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+        parts = {"self_attn.o_proj": self.output_bias}
+        parts |= {f"self_attn.{p}_proj": self.qkv_bias for p in "qkv"}
+        parts |= {f"mlp.{p}_proj": self.mlp_bias for p in ("gate", "up", "down")}
+        block += [f"{part}.weight" for part in parts] + [
+            f"{part}.bias" for part, bias in parts.items() if bias
+        ]
+        block += [f"self_attn.{p}_norm.weight" for p in "qk" if self.qk_norm]
+        outside = [EMBEDDING, "model.norm.weight", *([] if self.tied_head else [HEAD])]
+        return outside + [f"model.layers.{i}.{name}" for i in range(self.num_layers) for name in block]
+
+
+def restricted(config: ModelConfig, ids: Sized | None) -> ModelConfig:
+    """The configuration with a head for ``ids`` only; such a head is a matrix of its own, also where it was tied."""
+    return config if ids is None else replace(config, head_rows=len(ids), tied_head=False)
 
 
 def unsupported(what: str) -> UnsupportedModelError:
@@ -84,6 +107,11 @@ def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> 
         UnsupportedModelError: another architecture, rope scaling or activation.
         ArtifactError: fields that are missing or contradict each other.
     """
+    if NATIVE_ARCHITECTURE in (hf.get("architectures") or ()):
+        raise UnsupportedModelError(
+            f"{where} is in Paceline's native form, which only the server loads; "
+            "paceline export DIR --standalone -o OUT makes a plain checkpoint of it"
+        )
     model_type = hf.get("model_type")
     if model_type not in SUPPORTED:
         raise unsupported(f"model type {model_type!r} ({where})")
@@ -123,6 +151,7 @@ def _from_transformers(c: Any, where: str) -> ModelConfig:
         mlp_bias=c.model_type == "llama" and bool(getattr(c, "mlp_bias", False)),
         qk_norm=c.model_type == "qwen3",
         sliding_windows=_windows(c),
+        head_rows=c.vocab_size,
     )
 
 

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderTensor, 
 from paceline.server.errors import ArtifactError
 from paceline.server.models.config import unsupported
 from paceline.server.models.gguf_config import ARCHITECTURES, Metadata, hf_config, rope_from_frequencies
-from paceline.server.models.verified import known_sha256, sha256_file
+from paceline.server.models.verified import file_sha256
 
 #: GGUF name -> Hugging Face name, outside the layers.
 _TOP_LEVEL = {
@@ -75,7 +75,7 @@ class GgufCheckpoint:
 
     def weights_sha256(self) -> str:
         """See ``Checkpoint.weights_sha256``."""
-        return known_sha256(self.path) or sha256_file(self.path)
+        return file_sha256(self.path)
 
     def _vocab_size(self) -> int:
         if "model.embed_tokens.weight" not in self._tensors:

@@ -104,9 +104,10 @@ class Decoder(nn.Module):
     Args:
         config: shapes.
         fetch: called once per checkpoint tensor.
+        vocab_ids: of a restricted vocabulary, the token id of each logit, ascending, int32 [head_rows].
     """
 
-    def __init__(self, config: ModelConfig, fetch: Fetch) -> None:
+    def __init__(self, config: ModelConfig, fetch: Fetch, *, vocab_ids: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = fetch("model.embed_tokens.weight")
@@ -114,10 +115,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(fetch("model.norm.weight"), config.rms_eps)
         self.head = Linear(self.embedding if config.tied_head else fetch("lm_head.weight"))
         self.rotary = Rotary(config, self.embedding.device)
+        self.vocab_ids = None if vocab_ids is None else vocab_ids.to(self.embedding.device)
 
     @torch.inference_mode()
     def forward(self, ragged: RaggedInput, kv: KvViews) -> Tensor:
-        """Run the batch and return fp32 logits [wanted, vocab]."""
+        """Run the batch and return fp32 logits [wanted, head_rows]."""
         x = F.embedding(ragged.tokens, self.embedding)
         angles = self.rotary.angles(ragged.plan.positions, x.dtype)
         for block, views in zip(self.blocks, kv, strict=True):

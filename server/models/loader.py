@@ -21,9 +21,10 @@ from paceline.server.config.machine import Machine
 from paceline.server.errors import ConfigError
 from paceline.server.models import config_note
 from paceline.server.models.auto_weights import decide
-from paceline.server.models.checkpoint import Checkpoint, open_checkpoint
-from paceline.server.models.config import ModelConfig, parse_model_config
+from paceline.server.models.checkpoint import Checkpoint
+from paceline.server.models.config import ModelConfig, parse_model_config, restricted
 from paceline.server.models.llama import Decoder
+from paceline.server.models.native_form import NativeCheckpoint, draft_vocab, is_native_form, open_model
 from paceline.server.models.packed_cache import PackedCache
 from paceline.server.models.packer import CONFIG, PackedFormat, Packer
 from paceline.server.models.progress import Progress, default_progress
@@ -65,42 +66,52 @@ class ModelLoader:
     ) -> None:
         self._device, self._pool = device, pool
         self._progress = progress or default_progress()
-        self._loaded: dict[tuple[Path, str], LoadedModel] = {}
+        self._loaded: dict[tuple[Path, str, Path | None], LoadedModel] = {}
 
-    def load(self, path: Path, weights: Weights) -> LoadedModel:
-        """Load a Hugging Face folder or a GGUF file.
+    def load(self, path: Path, weights: Weights, *, target: Path | None = None) -> LoadedModel:
+        """Load a Hugging Face folder, a GGUF file or an artifact in native form.
 
         Args:
             weights: "auto" with the CPU kernels is the fastest format that meets the quality bar; with torch bf16
-                where the device computes in it, else fp32.
+                where the device computes in it, else fp32. An artifact that is stored in int8 runs in int8 on the
+                CPU kernels whatever this says: other formats would read more bytes for the same values.
+            target: for a draft, the model it drafts for; an artifact may take tensors from it.
 
         Raises:
-            UnsupportedModelError: an architecture that the native engine does not run.
-            ArtifactError: missing or misshapen tensors.
+            UnsupportedModelError: an architecture or format that the native engine does not run.
+            ArtifactError: missing or misshapen tensors, or an artifact that was made for another target.
             ConfigError: int8 without the CPU kernels.
         """
-        key = (path.resolve(), weights)
+        # Only an artifact depends on its target: a plain draft of two targets is loaded once.
+        needed = target if is_native_form(path) else None
+        key = (path.resolve(), weights, needed and needed.resolve())
         if key not in self._loaded:
-            self._loaded[key] = self._read(path, weights)
+            self._loaded[key] = self._read(path, weights, needed)
         return self._loaded[key]
 
-    def _read(self, path: Path, weights: Weights) -> LoadedModel:
-        checkpoint = open_checkpoint(path)
+    def _read(self, path: Path, weights: Weights, target: Path | None) -> LoadedModel:
+        checkpoint = open_model(path, None if target is None else open_model(target))
         sha256 = checkpoint.weights_sha256()
         config = _known_config(checkpoint, sha256)
         if self._pool is None:
-            return self._torch(checkpoint, config, sha256, weights)
+            return self._torch(checkpoint, config, sha256, weights, target)
         packer = Packer(checkpoint, config, self._pool, self._progress, sha256)
+        weights = _artifact_weights(checkpoint, weights)
         if weights != "auto":
             return self._native(packer, weights, ())
         decision = decide(packer)
         _log.info("weights auto: %s", decision)
         if decision.format == "mixed":
             return self._native(packer, "mixed", decision.kept)
-        return self.load(path, decision.format)  # shared with whoever names the format
+        return self.load(path, decision.format, target=target)  # shared with whoever names the format
 
     def _torch(
-        self, checkpoint: Checkpoint, config: ModelConfig, sha256: str, weights: Weights
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        sha256: str,
+        weights: Weights,
+        target: Path | None,
     ) -> LoadedModel:
         if weights == "int8":
             raise ConfigError(
@@ -108,11 +119,12 @@ class ModelLoader:
             )
         if weights == "auto":
             computes_bf16 = self._device.type == "cuda" or Machine().cpu_computes_bf16
-            return self.load(checkpoint.path, "bf16" if computes_bf16 else "fp32")
+            return self.load(checkpoint.path, "bf16" if computes_bf16 else "fp32", target=target)
         dtype = DTYPES[weights]
         fetch = CheckedTensors(checkpoint, config, dtype, self._device)
         key = f"{sha256}/torch-{weights}"
-        return LoadedModel(key, checkpoint.path, config, dtype, Decoder(config, fetch).eval())
+        decoder = Decoder(config, fetch, vocab_ids=draft_vocab(checkpoint)).eval()
+        return LoadedModel(key, checkpoint.path, config, dtype, decoder)
 
     def _native(self, packer: Packer, format: PackedFormat, kept: Sequence[str]) -> LoadedModel:
         plan = compact(packer.plan(format, kept))
@@ -125,7 +137,25 @@ class ModelLoader:
 def _known_config(checkpoint: Checkpoint, sha256: str) -> ModelConfig:
     """Noted beside the packed weights, or parsed."""
     known = config_note.restore(PackedCache(sha256, "int8").note(CONFIG), checkpoint.hf_config)
-    return known or parse_model_config(checkpoint.hf_config, where=str(checkpoint.path))
+    config = known or parse_model_config(checkpoint.hf_config, where=str(checkpoint.path))
+    return restricted(config, draft_vocab(checkpoint))
+
+
+def _artifact_weights(checkpoint: Checkpoint, weights: Weights) -> Weights:
+    """What ``weights`` means for the CPU kernels, once it is known what is stored.
+
+    "auto" cannot measure a restricted vocabulary on text, most of which it cannot write. It takes int8: a draft's
+    rounding costs a little acceptance and never changes the output.
+    """
+    if not isinstance(checkpoint, NativeCheckpoint):
+        return weights
+    wanted = weights
+    if checkpoint.in_int8 or (weights == "auto" and checkpoint.draft_vocab is not None):
+        wanted = "int8"
+    if wanted != weights:
+        reason = "is stored in int8" if checkpoint.in_int8 else "has a restricted vocabulary"
+        _log.info("weights %s: int8 for %s, which %s", weights, checkpoint.path, reason)
+    return wanted
 
 
 def kernels_wanted(device: str) -> bool:

@@ -132,6 +132,22 @@ def check_tokenizer(target_sha256: str, draft_sha256: str) -> None:
         )
 
 
+def check_base_weights(base: Base, sha256: str, *, artifact: Path, target: Path) -> None:
+    """Refuse an artifact that takes tensors from another model than the one it was made for.
+
+    Args:
+        sha256: of the weights of ``target``.
+
+    Raises:
+        ArtifactError: names both hashes.
+    """
+    if sha256 != base.weights_sha256:
+        raise ArtifactError(
+            f"{artifact} takes tensors from {base.id} with weights of SHA-256 {base.weights_sha256}, "
+            f"but {target} has {sha256}: name the target that it was made for"
+        )
+
+
 def _parse_base(table: "_Table") -> Base:
     return Base(
         id=table.take("id", str),

@@ -68,7 +68,8 @@ class PackedCache:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             _log.warning("packed weights in %s cannot be read (%s); packing again", self.path, error)
             return None
-        return plan if len(plan.layers) == config.num_layers and plan.vocab == config.vocab_size else None
+        found = (len(plan.layers), plan.vocab, plan.head.out_features)
+        return plan if found == (config.num_layers, config.vocab_size, config.head_rows) else None
 
 
 def _flatten(plan: DecoderPlan) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,6 +15,7 @@ from paceline.kernels.formats import Format
 from paceline.server.models import config_note
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import ModelConfig
+from paceline.server.models.native_form import draft_vocab
 from paceline.server.models.packed_cache import PackedCache
 from paceline.server.models.plan import PlanBuilder
 from paceline.server.models.progress import Progress
@@ -71,7 +72,8 @@ class Packer:
         shown = self._progress.task(label, size) if format == "int8" else nullcontext(lambda done: None)
         with shown as update:
             fetch = CheckedTensors(self.checkpoint, self.config, update=update)
-            return PlanBuilder(self.config, fetch, self.pool, format).build()
+            plan = PlanBuilder(self.config, fetch, self.pool, format, stored_int8=fetch.int8).build()
+        return replace(plan, vocab_ids=draft_vocab(self.checkpoint))
 
 
 def mix(int8: DecoderPlan, bf16: DecoderPlan, kept: Sequence[str]) -> DecoderPlan:

@@ -11,6 +11,7 @@ from torch import Tensor
 from paceline.server.errors import ArtifactError
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import ModelConfig
+from paceline.server.models.native_form import Int8Rows, stored_int8
 from paceline.server.models.progress import Update
 
 _FP32_BYTES = 4
@@ -45,6 +46,21 @@ class CheckedTensors:
         if name not in self._names:
             raise ArtifactError(f"{self._checkpoint.path}: tensor {name} is missing")
         tensor = self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
+        self._hand_out(name, tensor)
+        return tensor
+
+    def int8(self, name: str) -> Int8Rows | None:
+        """A tensor that the checkpoint stores in int8, as stored; None for all others.
+
+        Raises:
+            ArtifactError: it has another shape than the configuration says.
+        """
+        rows = stored_int8(self._checkpoint, name)
+        if rows is not None:
+            self._hand_out(name, rows.values)
+        return rows
+
+    def _hand_out(self, name: str, tensor: Tensor) -> None:
         expected = self._config.tensor_shape(name)
         if tuple(tensor.shape) != expected:
             raise ArtifactError(
@@ -53,12 +69,11 @@ class CheckedTensors:
             )
         self._done_bytes += tensor.numel() * _FP32_BYTES
         self._update(self._done_bytes)
-        return tensor
 
 
 def total_bytes(config: ModelConfig) -> int:
     """fp32 bytes of the decoder's matrices; norms and biases do not show on a progress bar."""
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     block = sum(math.prod(config.tensor_shape(f"{part}.weight")) for part in parts)
-    tables = (1 if config.tied_head else 2) * config.vocab_size * config.hidden_size
-    return (config.num_layers * block + tables) * _FP32_BYTES
+    rows = config.vocab_size + (0 if config.tied_head else config.head_rows)
+    return (config.num_layers * block + rows * config.hidden_size) * _FP32_BYTES

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
@@ -17,6 +18,20 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file: the recorded one, or computed, at most once a process while it does not change."""
+    known = known_sha256(path)
+    if known is not None:
+        return known
+    stat = path.stat()
+    return _computed_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@cache
+def _computed_sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
 
 
 def known_sha256(path: Path) -> str | None:

@@ -46,7 +46,7 @@ MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"]
 
 def build(path: Path, name: str, draft: str | None = None) -> tuple[BuiltEngine, Recorder]:
     recorder = Recorder()
-    model = ModelSpec(name, str(path), "fp32", None, SpeculationConfig(draft=draft, max_draft_tokens=4))
+    model = ModelSpec(name, str(path), "fp32", None, SpeculationConfig(draft=draft, policy="fixed"))
     settings = EngineConfig(device="cpu", threads=2, kv_cache_gib=0.5)
     return build_native(PacelineConfig(engine=settings, models=(model,)), recorder), recorder
 

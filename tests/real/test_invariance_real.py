@@ -62,7 +62,7 @@ def test_drafts_and_crowds_change_no_bit(
     path = real_model(SMOLLM2)
     cut_draft(str(path), (0, 1, 28, 29), tmp_path / "cut")
     recorder = Recorder()
-    speculation = SpeculationConfig(draft=str(tmp_path / "cut"), max_draft_tokens=4, ngram=True)
+    speculation = SpeculationConfig(draft=str(tmp_path / "cut"), policy="fixed")
     model = ModelSpec("m", str(path), "int8", None, speculation)
     settings = EngineConfig(device="cpu", threads=2, kv_cache_gib=0.25, prefix_caching=False)
     built = build_native(PacelineConfig(engine=settings, models=(model,)), recorder)

@@ -13,12 +13,13 @@ struct Active {
 };
 
 // Logits of the drafting sequences' newest rows -> their next tokens, taken into `out`.
-void take_tokens(std::vector<Active> &active, const float *logits, int32_t vocab, const pl_draft &d, int32_t step,
+void take_tokens(std::vector<Active> &active, const float *logits, const pl_model &m, const pl_draft &d, int32_t step,
                  std::vector<int32_t> &best, pl_pool *pool, int32_t isa) {
-    pl_argmax(logits, (int32_t)active.size(), vocab, best.data(), pool, isa);
+    pl_argmax(logits, (int32_t)active.size(), m.head.out, best.data(), pool, isa);
     for (size_t i = 0; i < active.size(); i++) {
-        active[i].token = best[i];
-        d.tokens[(int64_t)active[i].draft * d.stride + step] = best[i];
+        // Ids ascend with the head's rows, so that among equal logits the lowest id wins here too.
+        active[i].token = m.vocab_ids ? m.vocab_ids[best[i]] : best[i];
+        d.tokens[(int64_t)active[i].draft * d.stride + step] = active[i].token;
     }
 }
 
@@ -27,7 +28,7 @@ void take_tokens(std::vector<Active> &active, const float *logits, int32_t vocab
 int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_draft *d, pl_pool *pool, int32_t isa) {
     try {
         const int32_t n = d->drafts;
-        std::vector<float> logits((size_t)n * model->vocab);
+        std::vector<float> logits((size_t)n * model->head.out);
         std::vector<int32_t> best(n), tokens(n), rows(n), ones(n, 1), starts(n), table_starts(n);
         std::vector<Active> active;
         for (int32_t i = 0; i < n; i++) {
@@ -40,7 +41,7 @@ int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_d
         for (int32_t step = 0; !active.empty(); step++) {
             const int32_t status = pl_forward(model, &batch, pool, isa);
             if (status) return status;
-            take_tokens(active, logits.data(), model->vocab, *d, step, best, pool, isa);
+            take_tokens(active, logits.data(), *model, *d, step, best, pool, isa);
             active.erase(std::remove_if(active.begin(), active.end(),
                                         [&](const Active &a) { return d->length[a.draft] <= step + 1; }),
                          active.end());

@@ -178,7 +178,7 @@ private:
         each_row(t, b_.wanted, [&](int row) {
             prepare(x_ + (int64_t)b_.wanted_rows[row] * m_.hidden, m_.final_norm, m_.head, row);
         });
-        linear(t, m_.head, {Output::kStore, b_.logits, m_.vocab}, b_.wanted, m_.head);
+        linear(t, m_.head, {Output::kStore, b_.logits, m_.head.out}, b_.wanted, m_.head);
     }
 
     template <typename Body>

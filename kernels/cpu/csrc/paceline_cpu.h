@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 2
+#define PL_ABI_VERSION 3
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
 
@@ -39,16 +39,17 @@ typedef struct {
 } pl_layer;
 
 typedef struct {
-    int32_t num_layers, hidden, ffn, heads, kv_heads, head_dim, vocab;
+    int32_t num_layers, hidden, ffn, heads, kv_heads, head_dim;
     int32_t embedding_format;  // fp32 or bf16
     int32_t kv_format;         // fp32 or bf16
     int32_t block_tokens;      // a multiple of PL_LANES
     float eps, rope_scale;
     const float *inv_freq;     // [head_dim / 2]
-    const void *embedding;     // [vocab][hidden]
+    const void *embedding;     // [token ids][hidden]
     const float *final_norm;   // [hidden]
     const pl_layer *layers;
-    pl_linear head;
+    pl_linear head;            // one row per logit
+    const int32_t *vocab_ids;  // [head.out] token id of each head row, or NULL: the row itself; for pl_draft_greedy only
     uint8_t *kv;               // blocks of block_bytes; in a block, per layer: K then V,
     int64_t block_bytes;       // K [kv_head][block_tokens / 16][head_dim][16], V [kv_head][block_tokens][head_dim]
 } pl_model;
@@ -62,7 +63,7 @@ typedef struct {
     const int32_t *table_start; // [sequences] where the sequence's blocks begin in `tables`
     const int32_t *tables;      // block numbers
     const int32_t *wanted_rows; // [wanted]
-    float *logits;              // [wanted][vocab]
+    float *logits;              // [wanted][head.out]
 } pl_batch;
 
 // Which sequences of a batch draft, in the order of its wanted rows (one per drafting sequence, its last).

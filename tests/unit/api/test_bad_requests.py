@@ -251,6 +251,20 @@ def test_speculation_cannot_be_switched_on_where_nothing_drafts() -> None:
         assert client.post("/v1/completions", {**COMPLETION, "speculation": wish}).status_code == 200
 
 
+def test_lenience_needs_a_model_that_allows_it_and_no_seed() -> None:
+    engine = FakeEngine(model_info(min_lenience=0.5))
+    client = AsgiClient(create_app(engine, ApiSettings(), Metrics()))
+    for lenience, extra, words in ((0.4, {}, "0.5 at the least"), (0.5, {"seed": 1}, "'seed'")):
+        body = {**COMPLETION, "speculation": {"lenience": lenience}, **extra}
+        error = assert_openai_error(
+            client.post("/v1/completions", body), 400, param="speculation.lenience"
+        )
+        assert words in error["message"]
+    allowed = {**COMPLETION, "speculation": {"lenience": 0.5}}
+    assert client.post("/v1/completions", allowed).status_code == 200
+    assert [request.speculation.lenience for request in engine.submitted] == [0.5]
+
+
 def test_chat_without_a_template_points_to_completions() -> None:
     info = model_info()
     info.tokenizer.has_chat_template = False

@@ -213,12 +213,10 @@ def test_a_bad_value_says_what_would_be_right(write: Write, text: str, message: 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("policy = 'adaptive'", '"adaptive" is not available in this version; use "fixed"'),
-        (
-            "min_lenience = 0.5",
-            "expected a number that is 1 (others are not available in this version), got 0.5",
-        ),
-        ("lenience_form = 'sq'", 'expected "exp", got "sq"'),
+        ("policy = 'adapted'", 'expected "adaptive" or "fixed", got "adapted"'),
+        ("min_lenience = 0", "expected a number above 0 and at most 1, got 0"),
+        ("min_lenience = 1.5", "expected a number above 0 and at most 1, got 1.5"),
+        ("lenience_form = 'square'", 'expected "exp", "lin" or "sq", got "square"'),
         ("max_draft_tokens = 0", "expected a whole number from 1 to 32, got 0"),
         ("verify = 'both'", 'expected "block" or "token", got "both"'),
         ("draft = 'ngram'\nngram = false", 'draft "ngram" contradicts ngram = false'),

@@ -76,7 +76,7 @@ def _given(key: Key) -> str:
         return next((choice for choice in key.choices if choice != key.default), key.choices[0])
     if key.kind == "bool":
         return "false" if key.default else "true"
-    return "1" if key.only is not None else "3" if key.kind in ("int", "float") else "given"
+    return "0.5" if key.high == 1 else "3" if key.kind in ("int", "float") else "given"
 
 
 @pytest.mark.parametrize("key", keys(), ids=lambda key: f"{key.section}.{key.name}")

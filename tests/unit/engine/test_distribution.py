@@ -75,10 +75,13 @@ def p_value(
     warping: str = "plain",
     samples: int = SAMPLES,
     seeded: bool = False,
+    draft_ids: Sequence[int] | None = None,
 ) -> float:
     target, draft_table = tables()
     sampling: dict[str, Any] = {"temperature": 1.0, **WARPINGS[warping]}
-    engine = table_engine(target, draft_table, max_draft_tokens=length, rule=rule, seed=length)
+    engine = table_engine(
+        target, draft_table, max_draft_tokens=length, rule=rule, seed=length, draft_ids=draft_ids
+    )
     wish = SpeculationParams(draft=draft)
     requests = [
         request(
@@ -121,6 +124,15 @@ def test_ngram_and_seeded_requests_keep_the_distribution(rule, warping, seeded, 
     assert p > PASSES
 
 
+@pytest.mark.parametrize("warping", ["plain", "penalties"])
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("draft_ids", [(4,), (0, 2, 5)])
+def test_a_restricted_draft_keeps_the_distribution(draft_ids, rule, warping, record_property: Record):
+    p = p_value(length=3, rule=rule, warping=warping, draft_ids=draft_ids)
+    record_property("p", f"{p:.4f}")
+    assert p > PASSES
+
+
 def _residual_from_p(p, q, accepted, scale):
     index = torch.arange(p.shape[0])
     return p[index, accepted]
@@ -157,10 +169,21 @@ def _drop_unlikely(propose):
     return mutant
 
 
+def _renormalised(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """A draft that says it could have drawn what it cannot."""
+    return (scores.softmax(-1) + 0.1) / (1 + 0.1 * scores.shape[1])
+
+
 MUTANTS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "residual taken from p": (verify_module, "_following", _residual_from_p, {}),
     "no bonus token": (verify_module, "_following", _no_bonus, {"length": 2}),
     "unwarped q": (proposers_module, "probabilities", _unwarped, {"warping": "cold, top_k, top_p"}),
+    "q spread over ids that are never drawn": (
+        proposers_module,
+        "probabilities",
+        _renormalised,
+        {"draft_ids": (0, 2, 5)},
+    ),
     "stale penalties": (engine_module, "make_row", _stale, {"warping": "penalties"}),
     "dropping a drawn low-confidence token": (
         DraftModelProposer,

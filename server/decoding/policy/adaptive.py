@@ -1,0 +1,146 @@
+"""The draft lengths and sources that should yield the most tokens per second, from what was measured so far."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paceline.server.decoding.policy.acceptance import Acceptance, gains
+from paceline.server.decoding.policy.choices import CATCH_UP_TOKENS, Candidate, Decision, Option, Reason, StepWork
+from paceline.server.decoding.policy.costs import StepCosts
+from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
+from paceline.server.decoding.policy.lengths import BatchCosts, Pick, best_lengths
+from paceline.server.decoding.policy.probes import ProbeBudget, is_due
+
+#: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500.
+_SEQUENCE_KEEP, _SEQUENCE_PRIOR = 0.94, 4.0
+_MODEL_KEEP, _MODEL_PRIOR = 0.998, 4.0
+#: Evidence of a sequence that does not draft ages with every step, so that new one weighs more.
+_IDLE_KEEP = 0.998
+#: Acceptance before anything is known, of a draft model and of n-grams: hopeful, as trying is how one learns.
+_FIRST_GUESS = {True: 0.7, False: 0.5}
+#: Draft tokens less likely than this never pay; leaving them out keeps the search short.
+_LEAST_GAIN = 0.02
+
+
+class AdaptivePolicy:
+    """Maximises (expected accepted + 1) / predicted step time, summed over the sequences of a step.
+
+    Acceptance is estimated per sequence, with the model-wide estimate as its prior; times come from the engine's own
+    steps. Length 0 is a possible answer, after which drafting is only probed.
+    """
+
+    chooses_source = True
+
+    def __init__(self) -> None:
+        self._costs = StepCosts()
+        self._acceptances: dict[tuple[str, int], Acceptance] = {}
+        self._probes = ProbeBudget()
+
+    def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
+        """See ``Policy.decide``."""
+        for candidate in candidates:
+            candidate.history.probing = False
+            candidate.history.idle_steps += 1
+        if not any(c.options and c.limit for c in candidates):
+            return [Decision(reason="no_match" if c.limit else None) for c in candidates]
+        batch = BatchCosts(self._costs, [c.context for c in candidates])
+        self._probes.earn(batch.seconds(), len(candidates))
+        sharing = max(1, sum(any(o.by_model for o in c.options) for c in candidates if c.limit))
+        considered = [self._consider(c, batch, sharing) for c in candidates]
+        lengths = best_lengths([one.pick for one in considered], batch)
+        decisions = [
+            Decision(n, one.pick.option) if n else Decision(reason=one.reason or self._why_not(one.pick, c))
+            for n, one, c in zip(lengths, considered, candidates, strict=True)
+        ]
+        self._probe(decisions, candidates, considered, batch)
+        return decisions
+
+    def on_block(self, history: History, option: Option, drafted: int, accepted: int) -> None:
+        """See ``Policy.on_block``."""
+        model = self._acceptances.setdefault(option.key, Acceptance(_MODEL_KEEP, _MODEL_PRIOR))
+        model.add(drafted, accepted)
+        own = history.acceptances.setdefault(option.key, Acceptance(_SEQUENCE_KEEP, _SEQUENCE_PRIOR))
+        own.add(drafted, accepted, age=_IDLE_KEEP ** max(0, history.idle_steps - 1))
+        if history.probing:
+            self._probes.settle(history, accepted)
+        else:
+            history.probe_after = FIRST_PROBE_STEPS
+        history.idle_steps = 0
+
+    def on_step(self, work: StepWork) -> None:
+        """See ``Policy.on_step``."""
+        self._costs.observe(work)
+
+    def _rates(self, history: History, option: Option) -> tuple[float, float]:
+        guess = _FIRST_GUESS[option.by_model]
+        model, own = self._acceptances.get(option.key), history.acceptances.get(option.key)
+        prior = (guess, guess) if model is None else model.rates((guess, guess))
+        return prior if own is None else own.rates(prior)
+
+    def _consider(self, candidate: Candidate, batch: BatchCosts, sharing: int) -> "_Considered":
+        """The source that would serve a sequence best in this batch."""
+        picks = [self._pick(candidate, option) for option in candidate.options] if candidate.limit else []
+        if not picks:
+            return _Considered(Pick(), None, "no_match" if candidate.limit else None)
+        usable = [p for p in picks if p.gains and not self._is_behind(candidate, p, batch, sharing)]
+        best = max(usable, key=lambda pick: batch.best_alone(pick, sharing)[0], default=None)
+        if best is not None:
+            return _Considered(best, best.option, None)
+        behind = any(pick.gains for pick in picks)
+        return _Considered(Pick(), picks[0].option, "catch_up" if behind else "low_acceptance")
+
+    def _pick(self, candidate: Candidate, option: Option) -> Pick:
+        rates = self._rates(candidate.history, option)
+        rows = option.missing if option.missing <= CATCH_UP_TOKENS else 1
+        return Pick(option, gains(rates, candidate.limit, _LEAST_GAIN), rows)
+
+    def _is_behind(self, candidate: Candidate, pick: Pick, batch: BatchCosts, sharing: int) -> bool:
+        """Whether the draft has more to catch up on than drafting can still win back.
+
+        With drafting the sequence needs horizon / (1 + expected) more steps, each of which wins the difference of
+        the two rates; catching up loses the present rate for as long as it takes.
+        """
+        if pick.option is None or pick.option.missing <= CATCH_UP_TOKENS:
+            return False
+        rate, expected, seconds = batch.best_alone(pick, sharing)
+        plain = batch.sequences / batch.seconds()
+        won = (rate - plain) * seconds * candidate.horizon / (1 + expected)
+        return won < plain * self._costs.catch_up_seconds(pick.option.missing)
+
+    def _why_not(self, pick: Pick, candidate: Candidate) -> Reason | None:
+        """Why a source that could draft does not: would a block pay if the sequence were alone?"""
+        if pick.option is None:
+            return None
+        alone = BatchCosts(self._costs, [candidate.context])
+        rate, _, _ = alone.best_alone(pick, 1)
+        return "batch_cost" if rate > 1 / alone.seconds() else "low_acceptance"
+
+    def _probe(
+        self,
+        decisions: list[Decision],
+        candidates: Sequence[Candidate],
+        considered: Sequence["_Considered"],
+        batch: BatchCosts,
+    ) -> None:
+        """Turn at most one decision not to draft into a block of one token."""
+        wishes = [
+            (self._probe_seconds(one.probed, batch), i)
+            for i, one in enumerate(considered)
+            if one.probed is not None and not decisions[i].length and is_due(candidates[i].history)
+        ]
+        index = self._probes.grant(wishes)
+        if index is not None:
+            decisions[index] = Decision(1, considered[index].probed)
+            candidates[index].history.probing = True
+
+    def _probe_seconds(self, option: Option, batch: BatchCosts) -> float:
+        catch_up = self._costs.catch_up_seconds(option.missing) if option.missing > CATCH_UP_TOKENS else 0.0
+        return batch.seconds(1, int(option.by_model), 1) - batch.seconds() + catch_up
+
+
+@dataclass(frozen=True, slots=True)
+class _Considered:
+    """What a sequence might draft with, what it may probe with, and why it has nothing to draft with."""
+
+    pick: Pick
+    probed: Option | None
+    reason: Reason | None

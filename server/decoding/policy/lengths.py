@@ -1,0 +1,121 @@
+"""The draft lengths of one step that promise the most tokens per second, for all its sequences together.
+
+One more draft token of a sequence adds the chance that it is accepted to the step's tokens, one row to the target's
+forward and, from a draft model, one row to one of the draft's forwards; those run once for all sequences. As gains
+fall along a block, the best choice of n tokens is the n likeliest, so for each number of draft forwards it is enough
+to try every prefix of the tokens in falling order. (Where draft model and n-grams mix, a row of the draft more or less is left out of that
+order.)
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from paceline.server.decoding.policy.choices import Option
+from paceline.server.decoding.policy.costs import StepCosts, mean_context
+
+#: So many more draft forwards in a row that do not help end the search.
+_PATIENCE = 4
+_INSTANT = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Pick:
+    """How one sequence would be drafted for.
+
+    Attributes:
+        gains: chance that draft token 1, 2, ... is accepted, falling; empty for a sequence that cannot draft.
+        first_rows: rows of its first draft forward, the tokens since the last one.
+    """
+
+    option: Option | None = None
+    gains: Sequence[float] = ()
+    first_rows: int = 1
+
+    @property
+    def by_model(self) -> bool:
+        """Whether drafting takes forwards of a draft model."""
+        return self.option is not None and self.option.by_model
+
+
+class BatchCosts:
+    """Predicted times of a step that decodes the given sequences.
+
+    Args:
+        contexts: tokens in the KV cache, per sequence.
+    """
+
+    def __init__(self, costs: StepCosts, contexts: Sequence[int]) -> None:
+        self.sequences, context = len(contexts), mean_context(contexts)
+        self._target = cache(lambda rows: costs.target_seconds(rows, context))
+        self._draft = cache(lambda forwards, rows: costs.draft_seconds(forwards, rows, context))
+
+    def seconds(self, draft_tokens: int = 0, draft_forwards: int = 0, draft_rows: int = 0) -> float:
+        """Of a step that verifies so many draft tokens, and drafts with so many forwards and rows."""
+        drafting: float = self._draft(draft_forwards, draft_rows) if draft_forwards else 0.0
+        verifying: float = self._target(self.sequences + draft_tokens)
+        return max(verifying + drafting, _INSTANT)
+
+    def best_alone(self, pick: Pick, sharing: int) -> tuple[float, float, float]:
+        """The best block of at least one token if only this pick drafts.
+
+        Args:
+            sharing: sequences between which the price of draft forwards is divided.
+
+        Returns:
+            Tokens per second of the batch, expected accepted tokens, and the step's seconds.
+        """
+        best, expected = (0.0, 0.0, 1.0), 0.0
+        for length, gain in enumerate(pick.gains, 1):
+            expected += gain
+            seconds = self.seconds(length)
+            if pick.by_model:
+                rows = sharing * (length - 1 + pick.first_rows)
+                seconds += (self.seconds(0, length, rows) - self.seconds()) / sharing
+            best = max(best, ((self.sequences + expected) / seconds, expected, seconds))
+        return best
+
+
+class _Token(NamedTuple):
+    gain: float
+    position: int
+    index: int
+
+
+def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
+    """Draft lengths, in the order of ``picks``, that maximise expected tokens per predicted second."""
+    tokens = [_Token(g, j, i) for i, pick in enumerate(picks) for j, g in enumerate(pick.gains, 1)]
+    tokens.sort(key=lambda token: (-token.gain, token.position))
+    deepest = max((len(pick.gains) for pick in picks if pick.by_model), default=0)
+    best_rate, chosen, misses = costs.sequences / costs.seconds(), list[_Token](), 0
+    for depth in range(deepest + 1):
+        allowed = [t for t in tokens if t.position <= depth or not picks[t.index].by_model]
+        rate, count = _best_prefix(allowed, picks, costs)
+        misses += 1
+        if rate > best_rate:
+            best_rate, chosen, misses = rate, allowed[:count], 0
+        if misses >= _PATIENCE:
+            break
+    return _lengths(chosen, len(picks))
+
+
+def _best_prefix(tokens: Iterable[_Token], picks: Sequence[Pick], costs: BatchCosts) -> tuple[float, int]:
+    """Highest rate over the prefixes of ``tokens`` of at least one, and that prefix's length."""
+    best, expected, forwards, rows = (0.0, 0), float(costs.sequences), 0, 0
+    for count, token in enumerate(tokens, 1):
+        expected += token.gain
+        if picks[token.index].by_model:
+            forwards = max(forwards, token.position)
+            rows += picks[token.index].first_rows if token.position == 1 else 1
+        rate = expected / costs.seconds(count, forwards, rows)
+        if rate > best[0]:
+            best = rate, count
+    return best
+
+
+def _lengths(chosen: Iterable[_Token], count: int) -> list[int]:
+    lengths = [0] * count
+    for token in chosen:
+        lengths[token.index] += 1
+    return lengths

@@ -1,0 +1,51 @@
+"""When to draft one token although it should not pay, to notice that it would by now.
+
+Two brakes: a sequence waits twice as long after every probe in vain, and all probes of a model together may lose a
+small share of its time.
+"""
+
+from collections.abc import Sequence
+
+from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
+
+#: Share of the engine's time that probes may lose.
+BUDGET_SHARE = 0.004
+_MOST_SAVED_STEPS = 16
+_LONGEST_WAIT_STEPS = 1024
+
+
+class ProbeBudget:
+    """Grants probes, and settles what they cost."""
+
+    def __init__(self) -> None:
+        self._credit_seconds = 0.0
+        self._token_seconds = 0.0
+
+    def earn(self, step_seconds: float, sequences: int) -> None:
+        """A step without drafting is predicted to take so long for so many sequences."""
+        earned = self._credit_seconds + BUDGET_SHARE * step_seconds
+        self._credit_seconds = min(earned, _MOST_SAVED_STEPS * step_seconds)
+        self._token_seconds = step_seconds / sequences
+
+    def grant(self, wishes: Sequence[tuple[float, int]]) -> int | None:
+        """The cheapest of ``wishes``, pairs of (seconds, index), if there is credit for it; its index."""
+        if not wishes:
+            return None
+        seconds, index = min(wishes)
+        if seconds > self._credit_seconds:
+            return None
+        self._credit_seconds -= seconds
+        return index
+
+    def settle(self, history: History, accepted: int) -> None:
+        """A probe was verified: an accepted token pays for itself and makes the next probe due at once."""
+        if accepted:
+            self._credit_seconds += accepted * self._token_seconds
+            history.probe_after = 1
+        else:
+            history.probe_after = min(2 * max(history.probe_after, FIRST_PROBE_STEPS), _LONGEST_WAIT_STEPS)
+
+
+def is_due(history: History) -> bool:
+    """Whether a sequence that does not draft has waited long enough."""
+    return history.idle_steps >= history.probe_after
