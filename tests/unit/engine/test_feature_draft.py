@@ -25,7 +25,7 @@ KINDS: Mapping[str, Callable[[Path, Path], Path]] = {
     "near": lambda folder, target: write_near_feature_draft(folder, target),
     "near, restricted": lambda folder, target: write_near_feature_draft(folder, target, ids=KNOWN),
 }
-PROMPTS = [[random.Random(i).randrange(4, 300) for _ in range(5 + 9 * i)] for i in range(4)]
+PROMPTS = [[random.Random(i).randrange(4, 300) for _ in range(5 + 30 * i)] for i in range(4)]
 GREEDY: dict[str, Any] = {}
 PENALISED: dict[str, Any] = {"repetition_penalty": 1.2}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "top_p": 0.9}
@@ -101,13 +101,13 @@ def test_blocks_are_drafted_from_the_targets_states(
 ):
     """Also after accepted tokens, in small chunks, with a warm prefix cache and after preemption."""
     ids = KNOWN if restricted else None
-    draft = write_near_feature_draft(tmp_path / "draft", target, ids=ids, state_weight=0.5)
+    draft = write_near_feature_draft(tmp_path / "draft", target, ids=ids, state_weight=0.3)
     roomy, tight = Recorder(), Recorder()
     engine = with_draft(target, draft, roomy, max_batch_tokens=20)
     for _ in range(2):
         tokens(engine, *asked(*wishes))
-    assert accepted(roomy) > 20
-    assert sum(step.prefix_hits for step in roomy.steps) > 50
+    assert accepted(roomy) > 15
+    assert sum(step.prefix_hits for step in roomy.steps) > 100
     block_bytes = 16 * (2 * 2 * 2 * 16 + 64) * 4  # tokens, layers, K and V, heads, head_dim, and the state; fp32
     small = with_draft(target, draft, tight, kv_cache_gib=12 * block_bytes / 2**30)
     tokens(small, *asked(*wishes))
