@@ -49,7 +49,9 @@ class FeatureOracle:
         checkpoint = NativeCheckpoint(folder, open_checkpoint(target))
         tensors = {name: checkpoint.tensor(name).float() for name in checkpoint.tensor_names()}
         if format == "bf16":
-            tensors = {n: t if "norm" in n or "bias" in n else t.bfloat16().float() for n, t in tensors.items()}
+            tensors = {
+                n: t if "norm" in n or "bias" in n else t.bfloat16().float() for n, t in tensors.items()
+            }
         self._embedding = tensors[EMBEDDING] if format == "fp32" else tensors[EMBEDDING].bfloat16().float()
         self._fc, self._head = _linear(tensors[FC], format), _linear(tensors[HEAD], format)
         self._ids = checkpoint.draft_vocab

@@ -229,9 +229,7 @@ def _fingerprint(key: str) -> str:
 def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.device) -> int:
     if engine.kv_cache_gib is not None:
         return int(engine.kv_cache_gib * 2**30)
-    wanted = sum(
-        _AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members
-    )
+    wanted = sum(_AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))
 

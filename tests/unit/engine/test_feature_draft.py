@@ -21,7 +21,9 @@ from paceline.server.errors import ConfigError
 KNOWN = [i for i in range(300) if i % 3]
 KINDS: Mapping[str, Callable[[Path, Path], Path]] = {
     "random": lambda folder, target: write_feature_draft(folder, target),
-    "random, int8, restricted": lambda folder, target: write_feature_draft(folder, target, ids=KNOWN, int8=True),
+    "random, int8, restricted": lambda folder, target: write_feature_draft(
+        folder, target, ids=KNOWN, int8=True
+    ),
     "near": lambda folder, target: write_near_feature_draft(folder, target),
     "near, restricted": lambda folder, target: write_near_feature_draft(folder, target, ids=KNOWN),
 }
@@ -108,7 +110,9 @@ def test_blocks_are_drafted_from_the_targets_states(
         tokens(engine, *asked(*wishes))
     assert accepted(roomy) > 15
     assert sum(step.prefix_hits for step in roomy.steps) > 100
-    block_bytes = 16 * (2 * 2 * 2 * 16 + 64) * 4  # tokens, layers, K and V, heads, head_dim, and the state; fp32
+    block_bytes = (
+        16 * (2 * 2 * 2 * 16 + 64) * 4
+    )  # tokens, layers, K and V, heads, head_dim, and the state; fp32
     small = with_draft(target, draft, tight, kv_cache_gib=12 * block_bytes / 2**30)
     tokens(small, *asked(*wishes))
     assert sum(step.preemptions for step in tight.steps) > 0
@@ -131,9 +135,11 @@ def test_what_cannot_be_served_is_refused(
     kernels: str, tiny_checkpoint: TinyCheckpoint, target: Path, tmp_path: Path
 ):
     own = write_feature_draft(tmp_path / "draft", target, shared=())
-    with pytest.raises(ConfigError, match=r"reads the states of a target, so that it can only draft: .*--draft"):
+    with pytest.raises(
+        ConfigError, match=r"reads the states of a target, so that it can only draft: .*--draft"
+    ):
         tiny_engine(spec(own))
     wide = tiny_checkpoint("llama", hidden_size=72)
-    with pytest.raises(ConfigError, match="reads states of width 64, but those of .* have 72") as caught:
+    with pytest.raises(ConfigError, match=r"reads states of width 64, but those of .* have 72") as caught:
         with_draft(wide, own)
     assert "\n" not in str(caught.value)
