@@ -19,11 +19,11 @@ from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
-from paceline.server.engine.kv_arena import KvArena, MemberShape, bytes_per_token
+from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
-from paceline.server.engine.runner import Runner, TorchRunner
+from paceline.server.engine.runner import TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
@@ -57,8 +57,26 @@ class _Parts:
     draft: LoadedModel | None
 
     @property
-    def members(self) -> list[LoadedModel]:
-        return [self.target] if self.draft is None else [self.target, self.draft]
+    def reads_states(self) -> bool:
+        return self.draft is not None and self.draft.config.reads_state
+
+    @property
+    def target_shape(self) -> MemberShape:
+        key = f"{self.target.key}/states" if self.reads_states else self.target.key
+        return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
+
+    @property
+    def draft_shape(self) -> MemberShape | None:
+        """The KV of a draft that reads states depends on whose they are."""
+        if self.draft is None:
+            return None
+        key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
+        return MemberShape(key, self.draft.config, self.draft.kv_dtype)
+
+    @property
+    def members(self) -> list[tuple[MemberShape, LoadedModel]]:
+        pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
+        return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
 
 
 def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
@@ -79,15 +97,15 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
             )
     loader = ModelLoader(device, pool)
     parts = [_load(spec, loader) for spec in config.models]
-    members = {m.key: m for p in parts for m in p.members}
-    shapes = {key: MemberShape(key, m.config, m.kv_dtype) for key, m in members.items()}
+    members = {shape.key: (shape, loaded) for p in parts for shape, loaded in p.members}
+    shapes = [shape for shape, _ in members.values()]
     arena = KvArena(
-        list(shapes.values()),
+        shapes,
         block_size=config.engine.block_size,
-        total_bytes=_kv_bytes(config.engine, list(shapes.values()), device),
+        total_bytes=_kv_bytes(config.engine, shapes, device),
         device=device,
     )
-    runners = {key: _runner(m, shapes[key], arena, pool) for key, m in members.items()}
+    runners = {key: _runner(loaded, shape, arena, pool) for key, (shape, loaded) in members.items()}
     served = {p.spec.name: _serve(p, runners, config.engine) for p in parts}
     blocks = KvBlocks(arena.num_blocks, prefix_caching=config.engine.prefix_caching)
     scheduler = Scheduler(
@@ -100,12 +118,16 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
     return BuiltEngine(engine, {name: model.info for name, model in served.items()})
 
 
-def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
+def _runner(
+    member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None
+) -> TorchRunner | CpuRunner:
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
-        return TorchRunner(member.weights, layout, arena.views(shape))
+        return TorchRunner(member.weights, layout, arena.views(shape), arena.states(shape))
     assert pool is not None
-    return CpuRunner(member.weights, pool, layout, arena.buffer, member.kv_dtype)
+    return CpuRunner(
+        member.weights, pool, layout, arena.buffer, member.kv_dtype, keep_states=shape.keeps_states
+    )
 
 
 def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
@@ -117,11 +139,15 @@ def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
             f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
             "serve its target and name it with --draft"
         )
-    return _Parts(spec, tokenizer, target, _load_draft(spec, path, tokenizer, loader))
+    if target.config.reads_state:
+        raise ConfigError(
+            f"{path} reads the states of a target, so that it can only draft: serve its target and name it with --draft"
+        )
+    return _Parts(spec, tokenizer, target, _load_draft(spec, target, tokenizer, loader))
 
 
 def _load_draft(
-    spec: ModelSpec, target: Path, tokenizer: Tokenizer, loader: ModelLoader
+    spec: ModelSpec, target: LoadedModel, tokenizer: Tokenizer, loader: ModelLoader
 ) -> LoadedModel | None:
     reference = spec.speculation.draft
     if reference is None or reference == "ngram":
@@ -131,20 +157,30 @@ def _load_draft(
     if manifest is not None:
         check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
     check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights, target=target))
+    draft = _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights, target=target.path))
+    if draft.config.reads_state and draft.config.hidden_size != target.config.hidden_size:
+        raise ConfigError(
+            f"{path} reads states of width {draft.config.hidden_size}, but those of {target.path} have "
+            f"{target.config.hidden_size}: use the draft with the target it was made for"
+        )
+    return draft
 
 
-def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
+def _serve(
+    parts: _Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig
+) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
-    if parts.draft is not None:
+    runner = runners[parts.target_shape.key]
+    if parts.draft is not None and parts.draft_shape is not None:
         default = _draft_name(parts.draft.path)
         proposers[default] = DraftModelProposer(
-            runners[parts.draft.key],
+            runners[parts.draft_shape.key],
             vocab_size=target.config.vocab_size,
             max_batch_tokens=engine.max_batch_tokens,
             num_proposable=parts.draft.config.head_rows,
+            target=runner if parts.reads_states else None,
         )
     if spec.speculation.ngram or default == "ngram":
         proposers["ngram"] = NgramProposer()
@@ -163,7 +199,7 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(
         info,
-        runners[target.key],
+        runner,
         proposers,
         policy,
         spec.speculation.verify,
@@ -173,7 +209,7 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
 
 def _context_length(parts: _Parts) -> int:
     """The configured length, at most what every member was made for."""
-    limit = min(m.config.context_length for m in parts.members)
+    limit = min(shape.config.context_length for shape, _ in parts.members)
     wanted = parts.spec.context_length
     if wanted is not None and wanted > limit:
         raise ConfigError(
@@ -193,9 +229,7 @@ def _fingerprint(key: str) -> str:
 def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.device) -> int:
     if engine.kv_cache_gib is not None:
         return int(engine.kv_cache_gib * 2**30)
-    wanted = sum(
-        _AUTO_CONTEXTS * m.config.context_length * bytes_per_token(m.config, m.dtype) for m in members
-    )
+    wanted = sum(_AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))
 
