@@ -1,10 +1,11 @@
 """Configuration -> engine: resolves references, loads weights, sizes the KV arena, wires the served models."""
 
+import filecmp
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -48,8 +49,8 @@ def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngi
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """One served model's loaded pieces."""
+class Parts:
+    """One served model's loaded pieces; ``target`` is what is served."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -61,46 +62,82 @@ class _Parts:
         return [self.target] if self.draft is None else [self.target, self.draft]
 
 
+@dataclass(frozen=True)
+class Wiring:
+    """Served models over one KV arena, ready to be stepped; every engine made of it starts with an empty cache."""
+
+    served: Mapping[str, ServedModel]
+    num_blocks: int
+    config: EngineConfig
+
+    def engine(self, observer: EngineObserver, *, seed: int) -> Engine:
+        """An engine over the wired models; one at a time, as they share the KV memory.
+
+        Args:
+            seed: of the generator for unseeded sampling.
+        """
+        blocks = KvBlocks(self.num_blocks, prefix_caching=self.config.prefix_caching)
+        scheduler = Scheduler(
+            self.served,
+            blocks,
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.config.max_running,
+        )
+        return Engine(self.served, blocks, scheduler, observer, seed=seed)
+
+
 def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
     """Load everything and wire it; blocks for as long as that takes.
 
     Raises:
         UserError: a model that cannot be found or loaded, a draft that does not fit, too little memory for KV.
     """
-    device = torch.device(config.engine.device)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    pool = Pool(config.engine.threads or 1) if kernels_wanted(config.engine.device) else None
+    loader = make_loader(config.engine)
+    wiring = wire([load_parts(spec, loader) for spec in config.models], config.engine, loader)
+    engine = wiring.engine(observer, seed=int.from_bytes(os.urandom(7), "big"))
+    return BuiltEngine(engine, {name: model.info for name, model in wiring.served.items()})
+
+
+def make_loader(engine: EngineConfig) -> ModelLoader:
+    """A loader for the device, with the threads that its models will run on; ``engine`` must be resolved.
+
+    Raises:
+        ConfigError: a block size that the CPU kernels cannot use.
+    """
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    pool = Pool(engine.threads or 1) if kernels_wanted(engine.device) else None
     if pool is not None:  # one thread pool at work at a time: torch's own would spin beside the kernels'
         torch.set_num_threads(1)
-        if config.engine.block_size % LANES:
+        if engine.block_size % LANES:
             raise ConfigError(
-                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {config.engine.block_size}"
+                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {engine.block_size}"
             )
-    loader = ModelLoader(device, pool)
-    parts = [_load(spec, loader) for spec in config.models]
+    return ModelLoader(torch.device(engine.device), pool)
+
+
+def wire(parts: Sequence[Parts], engine: EngineConfig, loader: ModelLoader) -> Wiring:
+    """Put models over one KV arena.
+
+    Args:
+        parts: everything that is served; what they share is wired once.
+        loader: that loaded them.
+    """
     members = {m.key: m for p in parts for m in p.members}
     shapes = {key: MemberShape(key, m.config, m.kv_dtype) for key, m in members.items()}
     arena = KvArena(
         list(shapes.values()),
-        block_size=config.engine.block_size,
-        total_bytes=_kv_bytes(config.engine, list(shapes.values()), device),
-        device=device,
+        block_size=engine.block_size,
+        total_bytes=_kv_bytes(engine, list(shapes.values()), loader.device),
+        device=loader.device,
     )
-    runners = {key: _runner(m, shapes[key], arena, pool) for key, m in members.items()}
-    served = {p.spec.name: _serve(p, runners, config.engine) for p in parts}
-    blocks = KvBlocks(arena.num_blocks, prefix_caching=config.engine.prefix_caching)
-    scheduler = Scheduler(
-        served,
-        blocks,
-        max_batch_tokens=config.engine.max_batch_tokens,
-        max_running=config.engine.max_running,
-    )
-    engine = Engine(served, blocks, scheduler, observer, seed=int.from_bytes(os.urandom(7), "big"))
-    return BuiltEngine(engine, {name: model.info for name, model in served.items()})
+    runners = {key: make_runner(m, shapes[key], arena, loader.pool) for key, m in members.items()}
+    served = {p.spec.name: _serve(p, runners, engine) for p in parts}
+    return Wiring(served, arena.num_blocks, engine)
 
 
-def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
+def make_runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
+    """What runs a member over its part of an arena; ``pool`` is that of the loader that loaded it."""
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
         return TorchRunner(member.weights, layout, arena.views(shape))
@@ -108,7 +145,12 @@ def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool 
     return CpuRunner(member.weights, pool, layout, arena.buffer, member.kv_dtype)
 
 
-def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
+def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
+    """Load what a served model consists of.
+
+    Raises:
+        UserError: a model that cannot be found or loaded, or a draft that does not fit.
+    """
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
     target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
@@ -117,12 +159,21 @@ def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
             f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
             "serve its target and name it with --draft"
         )
-    return _Parts(spec, tokenizer, target, _load_draft(spec, path, tokenizer, loader))
+    return Parts(spec, tokenizer, target, load_draft(spec, path, tokenizer, loader))
 
 
-def _load_draft(
-    spec: ModelSpec, target: Path, tokenizer: Tokenizer, loader: ModelLoader
+def load_draft(
+    spec: ModelSpec, target: Path, tokenizer: Tokenizer, loader: ModelLoader, *, fleeting: bool = False
 ) -> LoadedModel | None:
+    """Load the draft model that ``spec`` names, if it names one, and see that it fits the target.
+
+    Args:
+        target: path of the target; ``tokenizer`` is its own.
+        fleeting: see ``ModelLoader.load``.
+
+    Raises:
+        UserError: it cannot be found or loaded, or does not fit.
+    """
     reference = spec.speculation.draft
     if reference is None or reference == "ngram":
         return None
@@ -130,11 +181,22 @@ def _load_draft(
     manifest = read_manifest(path)
     if manifest is not None:
         check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
-    check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights, target=target))
+    if not _same_tokenizer_files(path, target):
+        check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
+    return _timed(
+        f"draft of {spec.name}",
+        lambda: loader.load(path, spec.weights, target=target, fleeting=fleeting),
+    )
 
 
-def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
+def _same_tokenizer_files(path: Path, other: Path) -> bool:
+    """Whether two folders hold copies of one tokenizer, which spares loading it a second time."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    pairs = [(path / name, other / name) for name in names]
+    return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+
+
+def _serve(parts: Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
@@ -171,7 +233,7 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
     )
 
 
-def _context_length(parts: _Parts) -> int:
+def _context_length(parts: Parts) -> int:
     """The configured length, at most what every member was made for."""
     limit = min(m.config.context_length for m in parts.members)
     wanted = parts.spec.context_length
