@@ -20,11 +20,11 @@ from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
-from paceline.server.engine.kv_arena import KvArena, MemberShape, bytes_per_token
+from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
-from paceline.server.engine.runner import Runner, TorchRunner
+from paceline.server.engine.runner import TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
@@ -58,8 +58,31 @@ class Parts:
     draft: LoadedModel | None
 
     @property
-    def members(self) -> list[LoadedModel]:
-        return [self.target] if self.draft is None else [self.target, self.draft]
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache that one token takes, all members together."""
+        return sum(shape.bytes_per_token for shape, _ in self.members)
+
+    @property
+    def reads_states(self) -> bool:
+        return self.draft is not None and self.draft.config.reads_state
+
+    @property
+    def target_shape(self) -> MemberShape:
+        key = f"{self.target.key}/states" if self.reads_states else self.target.key
+        return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
+
+    @property
+    def draft_shape(self) -> MemberShape | None:
+        """The KV of a draft that reads states depends on whose they are."""
+        if self.draft is None:
+            return None
+        key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
+        return MemberShape(key, self.draft.config, self.draft.kv_dtype)
+
+    @property
+    def members(self) -> list[tuple[MemberShape, LoadedModel]]:
+        pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
+        return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
 
 
 @dataclass(frozen=True)
@@ -123,26 +146,32 @@ def wire(parts: Sequence[Parts], engine: EngineConfig, loader: ModelLoader) -> W
         parts: everything that is served; what they share is wired once.
         loader: that loaded them.
     """
-    members = {m.key: m for p in parts for m in p.members}
-    shapes = {key: MemberShape(key, m.config, m.kv_dtype) for key, m in members.items()}
+    members = {shape.key: (shape, loaded) for p in parts for shape, loaded in p.members}
+    shapes = [shape for shape, _ in members.values()]
     arena = KvArena(
-        list(shapes.values()),
+        shapes,
         block_size=engine.block_size,
-        total_bytes=_kv_bytes(engine, list(shapes.values()), loader.device),
+        total_bytes=_kv_bytes(engine, shapes, loader.device),
         device=loader.device,
     )
-    runners = {key: make_runner(m, shapes[key], arena, loader.pool) for key, m in members.items()}
+    runners = {
+        key: make_runner(loaded, shape, arena, loader.pool) for key, (shape, loaded) in members.items()
+    }
     served = {p.spec.name: _serve(p, runners, engine) for p in parts}
     return Wiring(served, arena.num_blocks, engine)
 
 
-def make_runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
+def make_runner(
+    member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None
+) -> TorchRunner | CpuRunner:
     """What runs a member over its part of an arena; ``pool`` is that of the loader that loaded it."""
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
-        return TorchRunner(member.weights, layout, arena.views(shape))
+        return TorchRunner(member.weights, layout, arena.views(shape), arena.states(shape))
     assert pool is not None
-    return CpuRunner(member.weights, pool, layout, arena.buffer, member.kv_dtype)
+    return CpuRunner(
+        member.weights, pool, layout, arena.buffer, member.kv_dtype, keep_states=shape.keeps_states
+    )
 
 
 def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
@@ -159,16 +188,25 @@ def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
             f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
             "serve its target and name it with --draft"
         )
-    return Parts(spec, tokenizer, target, load_draft(spec, path, tokenizer, loader))
+    if target.config.reads_state:
+        raise ConfigError(
+            f"{path} reads the states of a target, so that it can only draft: serve its target and name it with --draft"
+        )
+    return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader))
 
 
 def load_draft(
-    spec: ModelSpec, target: Path, tokenizer: Tokenizer, loader: ModelLoader, *, fleeting: bool = False
+    spec: ModelSpec,
+    target: LoadedModel,
+    tokenizer: Tokenizer,
+    loader: ModelLoader,
+    *,
+    fleeting: bool = False,
 ) -> LoadedModel | None:
     """Load the draft model that ``spec`` names, if it names one, and see that it fits the target.
 
     Args:
-        target: path of the target; ``tokenizer`` is its own.
+        tokenizer: the target's.
         fleeting: see ``ModelLoader.load``.
 
     Raises:
@@ -181,12 +219,18 @@ def load_draft(
     manifest = read_manifest(path)
     if manifest is not None:
         check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
-    if not _same_tokenizer_files(path, target):
+    if not _same_tokenizer_files(path, target.path):
         check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    return _timed(
+    draft = _timed(
         f"draft of {spec.name}",
-        lambda: loader.load(path, spec.weights, target=target, fleeting=fleeting),
+        lambda: loader.load(path, spec.weights, target=target.path, fleeting=fleeting),
     )
+    if draft.config.reads_state and draft.config.hidden_size != target.config.hidden_size:
+        raise ConfigError(
+            f"{path} reads states of width {draft.config.hidden_size}, but those of {target.path} have "
+            f"{target.config.hidden_size}: use the draft with the target it was made for"
+        )
+    return draft
 
 
 def _same_tokenizer_files(path: Path, other: Path) -> bool:
@@ -196,17 +240,21 @@ def _same_tokenizer_files(path: Path, other: Path) -> bool:
     return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
-def _serve(parts: Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
+def _serve(
+    parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig
+) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
-    if parts.draft is not None:
+    runner = runners[parts.target_shape.key]
+    if parts.draft is not None and parts.draft_shape is not None:
         default = _draft_name(parts.draft.path)
         proposers[default] = DraftModelProposer(
-            runners[parts.draft.key],
+            runners[parts.draft_shape.key],
             vocab_size=target.config.vocab_size,
             max_batch_tokens=engine.max_batch_tokens,
             num_proposable=parts.draft.config.head_rows,
+            target=runner if parts.reads_states else None,
         )
     if spec.speculation.ngram or default == "ngram":
         proposers["ngram"] = NgramProposer()
@@ -225,7 +273,7 @@ def _serve(parts: Parts, runners: Mapping[str, Runner], engine: EngineConfig) ->
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(
         info,
-        runners[target.key],
+        runner,
         proposers,
         policy,
         spec.speculation.verify,
@@ -235,7 +283,7 @@ def _serve(parts: Parts, runners: Mapping[str, Runner], engine: EngineConfig) ->
 
 def _context_length(parts: Parts) -> int:
     """The configured length, at most what every member was made for."""
-    limit = min(m.config.context_length for m in parts.members)
+    limit = min(shape.config.context_length for shape, _ in parts.members)
     wanted = parts.spec.context_length
     if wanted is not None and wanted > limit:
         raise ConfigError(
@@ -256,7 +304,7 @@ def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.de
     if engine.kv_cache_gib is not None:
         return int(engine.kv_cache_gib * 2**30)
     wanted = sum(
-        _AUTO_CONTEXTS * m.config.context_length * bytes_per_token(m.config, m.dtype) for m in members
+        _AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members
     )
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))

@@ -104,7 +104,7 @@ class ModelLoader:
         if self.pool is None:
             return self._torch(checkpoint, config, sha256, weights, target, fleeting)
         packer = Packer(checkpoint, config, self.pool, self._progress, sha256, cached=not fleeting)
-        weights = _artifact_weights(checkpoint, weights)
+        weights = _draft_weights(checkpoint, config, weights)
         if weights != "auto":
             return self._native(packer, weights, ())
         decision = decide(packer)
@@ -152,21 +152,23 @@ def _known_config(checkpoint: Checkpoint, sha256: str) -> ModelConfig:
     return restricted(config, draft_vocab(checkpoint))
 
 
-def _artifact_weights(checkpoint: Checkpoint, weights: Weights) -> Weights:
+def _draft_weights(checkpoint: Checkpoint, config: ModelConfig, weights: Weights) -> Weights:
     """What ``weights`` means for the CPU kernels, once it is known what is stored.
 
-    "auto" cannot measure a restricted vocabulary on text, most of which it cannot write. It takes int8: a draft's
-    rounding costs a little acceptance and never changes the output.
+    "auto" cannot measure on text what knows few ids or needs a target's states. It takes int8: a draft's rounding costs
+    a little acceptance and never changes the output.
     """
-    if not isinstance(checkpoint, NativeCheckpoint):
+    reason = None
+    if isinstance(checkpoint, NativeCheckpoint) and checkpoint.in_int8:
+        reason = "is stored in int8"
+    elif weights == "auto" and config.reads_state:
+        reason = "reads its target's states"
+    elif weights == "auto" and config.head_rows < config.vocab_size:
+        reason = "has a restricted vocabulary"
+    if reason is None or weights == "int8":
         return weights
-    wanted = weights
-    if checkpoint.in_int8 or (weights == "auto" and checkpoint.draft_vocab is not None):
-        wanted = "int8"
-    if wanted != weights:
-        reason = "is stored in int8" if checkpoint.in_int8 else "has a restricted vocabulary"
-        _log.info("weights %s: int8 for %s, which %s", weights, checkpoint.path, reason)
-    return wanted
+    _log.info("weights %s: int8 for %s, which %s", weights, checkpoint.path, reason)
+    return "int8"
 
 
 def kernels_wanted(device: str) -> bool:
