@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import LANES
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
+from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
@@ -107,6 +108,10 @@ class Wiring:
             max_running=self.config.max_running,
         )
         return Engine(self.served, blocks, scheduler, observer, seed=seed)
+
+    def with_rule(self, rule: Rule) -> "Wiring":
+        """The same models and memory, with another rule of verification for unseeded sampling."""
+        return replace(self, served={name: replace(model, rule=rule) for name, model in self.served.items()})
 
 
 def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
@@ -240,9 +245,7 @@ def _same_tokenizer_files(path: Path, other: Path) -> bool:
     return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
-def _serve(
-    parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig
-) -> ServedModel:
+def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
@@ -303,9 +306,7 @@ def _fingerprint(key: str) -> str:
 def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.device) -> int:
     if engine.kv_cache_gib is not None:
         return int(engine.kv_cache_gib * 2**30)
-    wanted = sum(
-        _AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members
-    )
+    wanted = sum(_AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))
 
