@@ -18,6 +18,7 @@ from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfi
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
+from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
 from paceline.server.engine.kv_arena import KvArena, MemberShape, bytes_per_token
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -40,10 +41,13 @@ _AUTO_MEMORY_SHARE = 0.25
 _T = TypeVar("_T")
 
 
-def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngine:
+def build_engine(
+    config: PacelineConfig, observer: EngineObserver, examiner: Examiner | None = None
+) -> NativeEngine:
     """An engine that loads when started; ``config`` must be resolved (device and threads not "auto")."""
     return NativeEngine(
-        lambda: build_native(config, observer), max_queued_requests=config.server.max_queued_requests
+        lambda: build_native(config, observer, examiner),
+        max_queued_requests=config.server.max_queued_requests,
     )
 
 
@@ -61,7 +65,9 @@ class _Parts:
         return [self.target] if self.draft is None else [self.target, self.draft]
 
 
-def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
+def build_native(
+    config: PacelineConfig, observer: EngineObserver, examiner: Examiner | None = None
+) -> BuiltEngine:
     """Load everything and wire it; blocks for as long as that takes.
 
     Raises:
@@ -96,7 +102,8 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
         max_batch_tokens=config.engine.max_batch_tokens,
         max_running=config.engine.max_running,
     )
-    engine = Engine(served, blocks, scheduler, observer, seed=int.from_bytes(os.urandom(7), "big"))
+    seed = int.from_bytes(os.urandom(7), "big")
+    engine = Engine(served, blocks, scheduler, observer, seed=seed, examiner=examiner)
     return BuiltEngine(engine, {name: model.info for name, model in served.items()})
 
 
@@ -159,6 +166,7 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
         max_draft_tokens=spec.speculation.max_draft_tokens,
         min_lenience=spec.speculation.min_lenience,
         system_fingerprint=_fingerprint(target.key),
+        weights_keys=tuple(member.key for member in parts.members),
     )
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(
