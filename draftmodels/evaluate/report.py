@@ -16,6 +16,9 @@ from paceline.server.errors import ConfigError
 from paceline.server.models.verified import write_text_atomic
 
 REPORT, PLOT = "report.json", "report.png"
+_LEGEND = """
+n: prompts; tau: tokens per target forward; tau~: the same by the formula, from alpha
+accepted: of the drafted tokens; off, on t/s: tokens per second without and with speculation"""
 
 
 def as_json(setting: Mapping[str, Any], results: Sequence[Result], *, interrupted: bool) -> dict[str, Any]:
@@ -49,13 +52,17 @@ def print_report(console: Console, setting: Mapping[str, Any], results: Sequence
         console.print(_table(result))
         for line in _details(result):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_LEGEND, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(result: Result) -> Table:
     """One row per category and one for everything."""
-    table = Table(box=box.SIMPLE, title=f"T = {result.temperature:g}", title_justify="left", padding=(0, 1))
+    title = f"T = {result.temperature:g}"
+    table = Table(
+        box=box.SIMPLE, title=title, title_justify="left", padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
     table.add_column("category")
-    for name in ("n", "tokens", "alpha", "tau", "formula", "accepted", "tok/s off", "on", "speed-up"):
+    for name in ("n", "tokens", "alpha", "tau", "tau~", "accepted", "off t/s", "on t/s", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     shown = result.categories if len(result.categories) > 1 else {}
     for name, group in shown.items():
