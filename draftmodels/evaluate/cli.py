@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from paceline.draftmodels.data.prompts import Prompt
+    from paceline.draftmodels.evaluate.figures import Result
     from paceline.draftmodels.evaluate.plan import Plan
-    from paceline.draftmodels.evaluate.prompts import RawPrompt
 
 INTERRUPTED = 130
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, no_args_is_help=True, context_settings={"max_content_width": 100}
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"max_content_width": 100},
 )
 
 
@@ -62,12 +66,14 @@ def draft(
     ] = None,
     streams: Annotated[int, typer.Option(min=1, max=64, help="Requests in flight.")] = 1,
     rounds: Annotated[
-        int, typer.Option(min=0, help="Timed rounds with and without speculation; 0 measures acceptance only.")
+        int,
+        typer.Option(min=0, help="Timed rounds with and without speculation; 0 measures acceptance only."),
     ] = 3,
     weights: Annotated[str, typer.Option(help="auto, fp32, bf16 or int8, as in paceline serve.")] = "auto",
     threads: Annotated[str, typer.Option(help="CPU threads; auto takes the physical cores.")] = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write report.json and report.png here.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Write report.json and report.png here."),
     ] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Write the figures into the draft's paceline.json.")
@@ -78,10 +84,12 @@ def draft(
 
     Runs the serving engine on prompts that no training may see. Ctrl-C reports the rounds that are finished.
     """
-    from paceline.draftmodels.evaluate import prompts as sets
+    from paceline.draftmodels.evaluate import prompts as held_out
     from paceline.draftmodels.evaluate.plan import Plan, check_sampling, make_config
     from paceline.draftmodels.evaluate.record import check_recordable
     from paceline.draftmodels.evaluate.report import check_folder
+    from paceline.server.models.sources import resolve
+    from paceline.server.models.tokenizer import load_tokenizer
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("paceline").setLevel(logging.INFO)
@@ -98,19 +106,17 @@ def draft(
         }
     )
     plan = Plan(config, prompts, limit, max_tokens, temperatures, seed, streams, rounds)
-    raw = sets.read(prompts, limit)
+    chosen = held_out.read(prompts, load_tokenizer(resolve(target)), limit)
     if record:
         check_recordable(plan)
     if output is not None:
         import matplotlib as _  # noqa: F401  a missing extra is told now, not after the measurement
 
         check_folder(output)
-    raise typer.Exit(_run(plan, raw, output=output, records=record, as_json=as_json))
+    raise typer.Exit(_run(plan, chosen, output=output, records=record, as_json=as_json))
 
 
-def _run(
-    plan: "Plan", raw: "list[RawPrompt]", *, output: Path | None, records: bool, as_json: bool
-) -> int:
+def _run(plan: "Plan", prompts: "list[Prompt]", *, output: Path | None, records: bool, as_json: bool) -> int:
     """Measure, report what is finished, and return the exit code."""
     from paceline.draftmodels.evaluate.figures import summarize
     from paceline.draftmodels.evaluate.passes import Outcome, measure
@@ -120,19 +126,21 @@ def _run(
 
     outcome, interrupted = Outcome(), False
     try:
-        asyncio.run(measure(plan, raw, outcome))
+        asyncio.run(measure(plan, prompts, outcome))
     except KeyboardInterrupt:
         interrupted = True
     length, seeded = plan.speculation.max_draft_tokens, plan.seed is not None
     results = [summarize(measured, length, seeded=seeded) for measured in outcome.measured]
-    setting = describe(plan, raw, outcome.model)
+    setting = describe(plan, prompts, outcome.model)
     report = to_json(setting, results, interrupted=interrupted)
     _print(report, setting, results, as_json=as_json)
     if output is not None and results:
         write(output, report)
         _note(f"wrote {output}")
     if interrupted:
-        _note("interrupted; only what was finished is reported" + (", nothing is recorded" if records else ""))
+        _note(
+            "interrupted; only what was finished is reported" + (", nothing is recorded" if records else "")
+        )
         return INTERRUPTED
     if records:
         from paceline.draftmodels.evaluate.record import record
@@ -141,7 +149,9 @@ def _run(
     return 0
 
 
-def _print(report: dict[str, Any], setting: dict[str, Any], results: list[Any], *, as_json: bool) -> None:
+def _print(
+    report: dict[str, Any], setting: dict[str, Any], results: "list[Result]", *, as_json: bool
+) -> None:
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return

@@ -1,7 +1,7 @@
 """What the engine's verification saw: one record per verified block, with sum_v min(p, q) at the examined positions.
 
-The counterpart of ``server.engine.examine``. Everything runs on the engine thread; ``take`` is called elsewhere, after a
-request's last event, when nothing more is added for it.
+The counterpart of ``server.engine.examine``. Blocks are added on the engine thread; ``take`` is called elsewhere, after
+a request's last event, when nothing more is added for it.
 """
 
 import torch

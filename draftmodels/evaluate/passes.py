@@ -10,12 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate.answers import Answer, Pass
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
 from paceline.draftmodels.evaluate.figures import Measured
 from paceline.draftmodels.evaluate.plan import Plan
 from paceline.draftmodels.evaluate.progress import Progress, progress
-from paceline.draftmodels.evaluate.prompts import Prompt, RawPrompt, tokenize
 from paceline.server.engine.build import build_engine
 from paceline.server.engine.interface import AsyncEngine, ModelInfo, RequestStats, StepStats
 from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
@@ -34,7 +34,7 @@ class Outcome:
     measured: list[Measured] = field(default_factory=list)
 
 
-async def measure(plan: Plan, raw: Sequence[RawPrompt], outcome: Outcome) -> None:
+async def measure(plan: Plan, prompts: Sequence[Prompt], outcome: Outcome) -> None:
     """Load the models, run every pass, and leave the results in ``outcome``.
 
     Raises:
@@ -46,7 +46,6 @@ async def measure(plan: Plan, raw: Sequence[RawPrompt], outcome: Outcome) -> Non
     await engine.start()
     try:
         (outcome.model,) = engine.models.values()
-        prompts = tokenize(raw, outcome.model.tokenizer)
         _check_lengths(prompts, plan, outcome.model)
         with progress(plan.passes * len(prompts)) as shown:
             passes = _Passes(engine, outcome.model, examiner, plan, prompts, shown)
@@ -57,14 +56,12 @@ async def measure(plan: Plan, raw: Sequence[RawPrompt], outcome: Outcome) -> Non
 
 
 def _check_lengths(prompts: Sequence[Prompt], plan: Plan, model: ModelInfo) -> None:
-    for prompt in prompts:
-        if not prompt.tokens:
-            raise ConfigError(f"--prompts: {prompt.where}: the prompt has no tokens")
-        if len(prompt.tokens) + plan.max_tokens > model.context_length:
-            raise ConfigError(
-                f"--prompts: {prompt.where}: {len(prompt.tokens)} tokens and --max-tokens {plan.max_tokens} exceed the "
-                f"context of {model.context_length}; lower --max-tokens or leave the prompt out"
-            )
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    if longest + plan.max_tokens > model.context_length:
+        raise ConfigError(
+            f"--prompts: the longest has {longest} tokens, which with --max-tokens {plan.max_tokens} exceed the "
+            f"context of {model.context_length}; lower --max-tokens or leave that prompt out"
+        )
 
 
 class _Unobserved:

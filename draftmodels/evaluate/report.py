@@ -49,6 +49,7 @@ def print_report(console: Console, setting: Mapping[str, Any], results: Sequence
     for line in headline(setting):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for result in results:
+        console.print()
         console.print(_table(result))
         for line in _details(result):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -59,7 +60,12 @@ def _table(result: Result) -> Table:
     """One row per category and one for everything."""
     title = f"T = {result.temperature:g}"
     table = Table(
-        box=box.SIMPLE, title=title, title_justify="left", padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+        box=box.SIMPLE,
+        title=title,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
     )
     table.add_column("category")
     for name in ("n", "tokens", "alpha", "tau", "tau~", "accepted", "off t/s", "on t/s", "speed-up"):
@@ -81,7 +87,11 @@ def _cells(group: Group) -> Iterator[str]:
     if speed is None:
         yield from ("-", "-", "-")
         return
-    yield from (f"{speed.tokens_per_second_without:.1f}", f"{speed.tokens_per_second:.1f}", f"{speed.speedup:.2f}x")
+    yield from (
+        f"{speed.tokens_per_second_without:.1f}",
+        f"{speed.tokens_per_second:.1f}",
+        f"{speed.speedup:.2f}x",
+    )
 
 
 def _details(result: Result) -> Iterator[str]:
@@ -117,7 +127,9 @@ def check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output: {folder} cannot be made: {error.strerror}; name another folder") from error
+        raise ConfigError(
+            f"--output: {folder} cannot be made: {error.strerror}; name another folder"
+        ) from error
 
 
 def write(folder: Path, report: Mapping[str, Any]) -> None:

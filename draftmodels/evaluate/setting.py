@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate.plan import Plan
-from paceline.draftmodels.evaluate.prompts import RawPrompt, dataset
+from paceline.draftmodels.evaluate.prompts import dataset
 from paceline.draftmodels.provenance import provenance
 from paceline.server.engine.interface import ModelInfo
 
 
-def describe(plan: Plan, raw: Sequence[RawPrompt], model: ModelInfo | None) -> dict[str, Any]:
+def describe(plan: Plan, prompts: Sequence[Prompt], model: ModelInfo | None) -> dict[str, Any]:
     """The setting as JSON; ``model`` None if it was not loaded before an interruption."""
     spec, engine = plan.config.models[0], plan.config.engine
     return {
@@ -19,7 +20,7 @@ def describe(plan: Plan, raw: Sequence[RawPrompt], model: ModelInfo | None) -> d
         "draft": plan.draft,
         "dataset": dataset(plan.prompts),
         "split": split(plan),
-        "n_prompts": len(raw),
+        "n_prompts": len(prompts),
         "max_tokens": plan.max_tokens,
         "max_draft_tokens": plan.speculation.max_draft_tokens,
         "policy": plan.speculation.policy,

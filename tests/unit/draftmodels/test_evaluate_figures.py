@@ -1,20 +1,23 @@
-"""From answers to figures, against sums done by hand; prompts; records in manifests."""
+"""From answers to figures, against sums done by hand; which prompts are taken."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate.answers import Answer, Block, Pass
 from paceline.draftmodels.evaluate.figures import Measured, acceptance, expected_tokens, summarize
-from paceline.draftmodels.evaluate.prompts import BUILT_IN, NO_CATEGORY, dataset, read, tokenize
-from paceline.server.errors import ConfigError, InvalidRequestError
+from paceline.draftmodels.evaluate.prompts import BUILT_IN, dataset, read
 
 #: Two blocks: 1 of 3 accepted (two positions examined), and 2 of 2 (both examined).
 BLOCKS = (Block("d", 3, 1, (0.9, 0.3)), Block("d", 2, 2, (0.8, 0.6)))
 
 
-def answer(category: str, tokens: int, forwards: int, seconds: float = 1.0, blocks: tuple[Block, ...] = ()) -> Answer:
+def answer(
+    category: str, tokens: int, forwards: int, seconds: float = 1.0, blocks: tuple[Block, ...] = ()
+) -> Answer:
     return Answer(0, category, tuple(range(tokens)), forwards, seconds, blocks)
 
 
@@ -74,83 +77,45 @@ def test_speed_is_the_median_over_rounds_of_paired_ratios_per_category_and_in_to
 
 
 def test_equal_texts_are_compared_only_where_they_must_be_equal() -> None:
-    on, off = Pass((answer("a", 5, 4), answer("a", 6, 5)), 1.0), Pass((answer("a", 5, 4), answer("a", 7, 6)), 1.0)
+    on, off = (
+        Pass((answer("a", 5, 4), answer("a", 6, 5)), 1.0),
+        Pass((answer("a", 5, 4), answer("a", 7, 6)), 1.0),
+    )
     for temperature, seeded, expected in ((0.0, False, (1, 2)), (1.0, True, (1, 2)), (1.0, False, None)):
         assert summarize(Measured(temperature, on, ((on, off),)), 2, seeded=seeded).same_text == expected
     assert summarize(Measured(0.0, on, ()), 2, seeded=False).same_text is None
     assert summarize(Measured(0.0, on, ()), 2, seeded=False).total.speed is None
 
 
-def test_the_built_in_set_has_six_categories_of_eight_that_take_turns() -> None:
-    prompts = read(BUILT_IN)
-    assert len(prompts) == 48
-    assert len({str(p.messages) for p in prompts}) == 48
-    assert len({p.category for p in prompts[:6]}) == 6
-    assert [p.category for p in prompts[6:12]] == [p.category for p in prompts[:6]]
-    assert read(BUILT_IN, 4) == prompts[:4]
-    lengths = [len(str(p.messages[0]["content"])) for p in prompts]
-    assert max(lengths) > 5 * min(lengths)
+class Letters:
+    """A tokenizer of single characters, without a chat template."""
 
-
-def test_files_of_text_and_of_json_lines(tmp_path: Path) -> None:
-    text = tmp_path / "plain.txt"
-    text.write_text("the first\n\nthe second\n")
-    assert [p.messages[0]["content"] for p in read(str(text))] == ["the first", "the second"]
-    assert {p.category for p in read(str(text))} == {NO_CATEGORY}
-    records = tmp_path / "some.jsonl"
-    turns = [{"role": "system", "content": "short"}, {"role": "user", "content": "the"}]
-    records.write_text(json.dumps({"messages": turns, "category": "c", "id": 3}) + "\n" + '{"prompt": "it"}\n')
-    first, second = read(str(records))
-    assert (list(first.messages), first.category, first.where) == (turns, "c", f"{records}:1")
-    assert second.messages[0] == {"role": "user", "content": "it"}
-    assert dataset(str(records)) == "some.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("\n\n", "holds no prompts"),
-        ("{\n", ":1: not valid JSON"),
-        ('{"prompt": "a"}\n{"text": "a"}\n', ':2: needs exactly one of "prompt" and "messages"'),
-        ('{"prompt": "a", "messages": []}\n', ":1: needs exactly one"),
-        ('{"prompt": ""}\n', '"prompt" is not a text'),
-        ('{"prompt": "a", "category": 3}\n', '"category" is not a text'),
-        ('{"messages": []}\n', '"messages" is not a list'),
-        ('{"messages": [{"role": "user"}]}\n', "a message is not an object"),
-    ],
-)
-def test_bad_files_are_told_with_their_line(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    with pytest.raises(ConfigError) as caught:
-        read(str(path))
-    assert message in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        read(str(tmp_path / "none.jsonl"))
-
-
-class Plain:
-    has_chat_template = False
+    vocab_size, eos_ids, sha256, has_chat_template = 0x110000, frozenset({0}), "letters", False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in text]
 
-    def apply_chat_template(self, messages: object, *, add_generation_prompt: bool = True) -> list[int]:
-        raise InvalidRequestError("no system role here")
+
+def text_of(prompt: Prompt) -> str:
+    return "".join(map(chr, prompt.tokens))
 
 
-class Refusing(Plain):
-    has_chat_template = True
+def test_the_built_in_set_has_six_categories_of_eight_that_take_turns() -> None:
+    tokenizer: Any = Letters()
+    prompts = read(BUILT_IN, tokenizer)
+    assert len({p.tokens for p in prompts}) == len(prompts) == 48
+    assert len({p.category for p in prompts[:6]}) == 6
+    assert [p.category for p in prompts[42:]] == [p.category for p in prompts[:6]]
+    assert read(BUILT_IN, tokenizer, 4) == prompts[:4]
+    lengths = [len(p.tokens) for p in prompts]
+    assert max(lengths) > 5 * min(lengths)
 
 
-def test_tokens_without_a_chat_template_and_a_template_that_refuses(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("ab\n")
-    raw = read(str(path))
-    assert tokenize(raw, Plain())[0].tokens == (97, 98)
-    with pytest.raises(ConfigError, match=r"a\.txt:1: no system role here"):
-        tokenize(raw, Refusing())
+def test_categories_of_a_file_take_turns(tmp_path: Path) -> None:
+    tokenizer: Any = Letters()
+    path = tmp_path / "some.jsonl"
+    lines = [{"prompt": name, "category": name[0]} for name in ("a1", "a2", "a3", "b1", "c1", "c2")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [text_of(p) for p in read(str(path), tokenizer)] == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    assert [text_of(p) for p in read(str(path), tokenizer, 2)] == ["a1", "b1"]
+    assert (dataset(str(path)), dataset(BUILT_IN)) == ("some.jsonl", "paceline-chat")
