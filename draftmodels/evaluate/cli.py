@@ -24,7 +24,6 @@ INTERRUPTED = 130
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
     context_settings={"max_content_width": 100},
 )
 

@@ -2,13 +2,14 @@
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
 from conftest import TinyCheckpoint
+from native_drafts import write_draft, write_near_feature_draft
 from typer.testing import CliRunner
 
 from paceline.clients import console
@@ -17,6 +18,7 @@ from paceline.draftmodels.evaluate.cli import app
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
 from paceline.server.models.manifest import read_manifest
 
+Writer = Callable[[Path, Path], Path]
 LENGTH = 3
 #: One token from the prompt and four whole blocks.
 WHOLE_BLOCKS = 1 + 4 * (LENGTH + 1)
@@ -46,6 +48,11 @@ def prompts(tmp_path: Path) -> Path:
     lines = [{"prompt": text, "category": "ab"[i % 2]} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def write_draft_of_few_ids(folder: Path, target: Path) -> Path:
+    """The target's own weights, but two thirds of its ids."""
+    return write_draft(folder, target, target, ids=[i for i in range(300) if i % 3], int8=True)
 
 
 def evaluate(*arguments: object) -> Result:
@@ -147,6 +154,34 @@ def test_the_adaptive_policy_and_ngrams(target: Path, near: Path, prompts: Path)
         check_sums(result["total"])
         assert result["total"]["speed"] is None
         assert set(result["total"]["drafted_by_source"]) <= {"ngram", near.name}
+
+
+@pytest.mark.parametrize("write", [write_draft_of_few_ids, write_near_feature_draft])
+def test_drafts_in_native_form(write: Writer, target: Path, prompts: Path, tmp_path: Path) -> None:
+    folder = write(tmp_path / "native", target)
+    found = report(
+        target, "--draft", folder, "--prompts", prompts, "--max-tokens", 20, "--rounds", 1, "--streams", 2
+    )
+    for result in found["temperatures"]:
+        check_sums(result["total"])
+        assert 0 < result["total"]["alpha"] < 1
+    assert found["temperatures"][0]["same_text"] == {"equal": 4, "compared": 4}
+
+
+def test_timed_passes_do_not_pay_for_looking(
+    target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, wanted = BlockExaminer.take, []
+
+    def noting(self: BlockExaminer, request_id: str) -> object:
+        wanted.append(self.wants_overlaps)
+        return take(self, request_id)
+
+    monkeypatch.setattr(BlockExaminer, "take", noting)
+    report(
+        target, "--draft", near, "--prompts", prompts, "--max-tokens", 5, "--rounds", 1, "--temperature", 1
+    )
+    assert wanted == [True] * 4 + [False] * 8
 
 
 def test_tables_fit_80_columns_and_files_are_written(target: Path, near: Path, tmp_path: Path) -> None:
@@ -259,6 +294,11 @@ WRONG = [
     (("--draft", "ngram", "--max-tokens", "600", "--limit", "1"), 2, "exceed the context of 512"),
     ((), 2, "--draft"),
 ]
+
+
+def test_the_group_alone_asks_for_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.main(["evaluate"]) == 2
+    assert capsys.readouterr().err == "paceline evaluate: Missing command. (see paceline evaluate --help)\n"
 
 
 @pytest.mark.parametrize(("options", "code", "message"), WRONG)
