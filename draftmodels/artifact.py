@@ -89,17 +89,17 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def int8_linears(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
-    """The tensors with every linear layer (projections and head) in the artifact's int8; all else as it was.
+    """The tensors with every linear layer (projections, fc and head) in the artifact's int8; all else as it was.
 
     Rounds as the server does when it loads floats as int8, so that nothing is lost beyond that.
     """
     from paceline.kernels.cpu.int8 import quantize_rows
-    from paceline.server.models.config import HEAD
+    from paceline.server.models.config import FC, HEAD
     from paceline.server.models.native_form import SCALE
 
     result = {}
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight") or name == HEAD:
+        if name.endswith("_proj.weight") or name in (FC, HEAD):
             result[name], result[name + SCALE] = quantize_rows(tensor)
         else:
             result[name] = tensor

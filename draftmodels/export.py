@@ -1,7 +1,7 @@
 """``paceline export``: an artifact in native form, copied and checked, or turned into a plain checkpoint.
 
 Owns which tensors and fields a plain checkpoint has that the artifact lacks. The plain one (bf16, full vocabulary,
-architecture of its own) is what transformers and vLLM load.
+architecture of its own) is what transformers and vLLM load; of a draft that reads states only vLLM (``export_eagle``).
 """
 
 import shutil
@@ -104,7 +104,14 @@ def standalone_config(checkpoint: "NativeCheckpoint") -> dict[str, Any]:
 
 
 def _needs_target(checkpoint: "NativeCheckpoint", standalone: bool) -> bool:
-    return bool(checkpoint.manifest.shared_with_target) or (standalone and checkpoint.draft_vocab is not None)
+    uses_head = checkpoint.draft_vocab is not None or _reads_state(checkpoint)
+    return bool(checkpoint.manifest.shared_with_target) or (standalone and uses_head)
+
+
+def _reads_state(checkpoint: "NativeCheckpoint") -> bool:
+    from paceline.server.models.config import READS_STATE
+
+    return bool(checkpoint.hf_config.get(READS_STATE))
 
 
 def _open_target(checkpoint: "NativeCheckpoint", target: str | None) -> "Checkpoint":
@@ -142,7 +149,14 @@ def _target_head(checkpoint: "NativeCheckpoint", target: "Checkpoint") -> "torch
 def _write_standalone(checkpoint: "NativeCheckpoint", target: "Checkpoint | None", folder: Path) -> None:
     from paceline.server.models.manifest import write_manifest
 
-    write_checkpoint(folder, standalone_config(checkpoint), standalone_tensors(checkpoint, target))
+    if _reads_state(checkpoint):
+        from paceline.draftmodels.export_eagle import eagle_config, eagle_tensors
+
+        assert target is not None
+        config, tensors = eagle_config(checkpoint), eagle_tensors(checkpoint, target)
+    else:
+        config, tensors = standalone_config(checkpoint), standalone_tensors(checkpoint, target)
+    write_checkpoint(folder, config, tensors)
     copy_tokenizer(checkpoint.path, folder)
     # Figures were measured with the native form; with all ids and other rounding they would be others.
     plain = replace(

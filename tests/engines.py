@@ -22,6 +22,7 @@ from paceline.server.engine.request import Request, SamplingParams, SpeculationP
 from paceline.server.engine.runner import spread
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
+from paceline.server.models.attention import SequenceRows
 
 _ids = itertools.count()
 NO_DRAFT = SpeculationParams(enabled=False)
@@ -187,6 +188,33 @@ class TableRunner:
         return [int(i) for i in logits.argmax(-1)]
 
 
+class FeatureTableRunner(TableRunner):
+    """A target that keeps states, or a draft that reads them: the previous token comes from the features, not from the
+    cache. A state is (previous token, current token)."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.forward_states(batch)[0]
+
+    def forward_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(batch)
+        if batch.features is None:
+            return logits, torch.empty(0, 2)
+        states = torch.stack((batch.features[:, 1], torch.tensor(batch.tokens).float()), dim=1)[batch.wanted]
+        read, current = states.long().unbind(1)
+        own = self._table[read, current]
+        own = own if self._vocab_ids is None else own[:, self._vocab_ids.long()]
+        return spread(own, self._vocab_ids, self.vocab_size), states
+
+    def read_states(self, spans: Sequence[SequenceRows]) -> torch.Tensor:
+        size = self.layout.block_tokens
+        positions = [(s.pages, s.start + i) for s in spans for i in range(s.count)]
+        states = [
+            [self._cache[pages[i // size], i % size] if i >= 0 else 0 for i in (at - 1, at)]
+            for pages, at in positions
+        ]
+        return torch.tensor(np.array(states), dtype=torch.float32)
+
+
 def table_engine(
     target: np.ndarray,
     draft: np.ndarray | None,
@@ -196,18 +224,25 @@ def table_engine(
     seed: int = 0,
     num_blocks: int = 4096,
     draft_ids: Sequence[int] | None = None,
+    reads_states: bool = False,
     policy: Policy | None = None,
     min_lenience: float = 1.0,
     lenience_form: LenienceForm = "exp",
     observer: Recorder | None = None,
 ) -> Engine:
-    """An engine over table models; ``draft`` None means n-gram proposals only, ``draft_ids`` restricts the draft."""
-    vocab = target.shape[-1]
-    runner = TableRunner("target", target, num_blocks=num_blocks)
+    """An engine over table models; ``draft`` None means n-gram proposals only, ``draft_ids`` restricts the draft,
+    ``reads_states`` makes it one that reads the target's."""
+    vocab, kind = target.shape[-1], FeatureTableRunner if reads_states else TableRunner
+    runner = kind("target", target, num_blocks=num_blocks)
     proposers: dict[str, Proposer] = {"ngram": NgramProposer()}
     if draft is not None:
-        draft_runner = TableRunner("draft", draft, num_blocks=num_blocks, vocab_ids=draft_ids)
-        proposers["draft"] = DraftModelProposer(draft_runner, vocab_size=vocab, max_batch_tokens=4096)
+        draft_runner = kind("draft", draft, num_blocks=num_blocks, vocab_ids=draft_ids)
+        proposers["draft"] = DraftModelProposer(
+            draft_runner,
+            vocab_size=vocab,
+            max_batch_tokens=4096,
+            target=runner if isinstance(runner, FeatureTableRunner) else None,
+        )
     info = ModelInfo(
         "m",
         0,

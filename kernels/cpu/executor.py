@@ -30,9 +30,10 @@ KV_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One block. Norm weights are fp32; ``gate_up`` has its rows interleaved (``formats.interleave_rows``)."""
+    """One block. Norm weights are fp32, ``attention_norm`` None where there is none; ``gate_up`` has its rows
+    interleaved (``formats.interleave_rows``)."""
 
-    attention_norm: Tensor
+    attention_norm: Tensor | None
     mlp_norm: Tensor
     qkv: PackedLinear
     output: PackedLinear
@@ -52,7 +53,9 @@ class DecoderPlan:
         inv_freq: fp32 [head_dim / 2].
         embedding: fp32 or bf16 [vocab, hidden].
         head: one output per logit; ``vocab`` of them unless ``vocab_ids`` says otherwise.
+        final_norm: fp32 [hidden]; None where there is none.
         vocab_ids: of a restricted vocabulary, the token id of each logit, ascending, int32 [head outputs].
+        fc: of a draft that reads states, [2 * hidden] -> [hidden]: its blocks get fc([embedding, feature]).
     """
 
     hidden: int
@@ -65,17 +68,18 @@ class DecoderPlan:
     rope_scale: float
     inv_freq: Tensor
     embedding: Tensor
-    final_norm: Tensor
+    final_norm: Tensor | None
     head: PackedLinear
     layers: tuple[LayerPlan, ...]
     vocab_ids: Tensor | None = None
+    fc: PackedLinear | None = None
 
     @property
     def linears(self) -> list[PackedLinear]:
-        """Every layer's linears, then the head."""
-        return [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)] + [
-            self.head
-        ]
+        """In the order in which a forward reads them: fc, every layer's linears, the head."""
+        first = [] if self.fc is None else [self.fc]
+        blocks = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        return [*first, *blocks, self.head]
 
     @property
     def bytes_per_forward(self) -> int:
@@ -100,6 +104,8 @@ class _Model(ctypes.Structure):
         ("head", LinearStruct),
         *((name, PTR) for name in ("vocab_ids", "kv")),
         ("block_bytes", I64),
+        ("state_offset", I64),
+        ("fc", LinearStruct),
     )
 
 
@@ -107,7 +113,7 @@ class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, I32) for name in ("rows", "sequences", "wanted")),
         *((name, PTR) for name in ("tokens", "first_row", "count", "start", "table_start", "tables")),
-        *((name, PTR) for name in ("wanted_rows", "logits")),
+        *((name, PTR) for name in ("wanted_rows", "logits", "features", "states")),
     )
 
 
@@ -131,14 +137,23 @@ class Executor:
         pool: threads and instruction set.
         kv: uint8 [blocks, block_bytes]; in a block, per layer, K then V in ``kv_dtype`` (layout: paceline_cpu.h).
         block_tokens: tokens per block, a multiple of 16.
+        keep_states: behind K and V, blocks keep every row's state too: [block_tokens, hidden] in ``kv_dtype``.
     """
 
     def __init__(
-        self, plan: DecoderPlan, pool: Pool, kv: Tensor, *, kv_dtype: torch.dtype, block_tokens: int
+        self,
+        plan: DecoderPlan,
+        pool: Pool,
+        kv: Tensor,
+        *,
+        kv_dtype: torch.dtype,
+        block_tokens: int,
+        keep_states: bool = False,
     ) -> None:
         if block_tokens % LANES:
             raise ValueError(f"block_tokens is {block_tokens}; the CPU kernels need a multiple of {LANES}")
-        size = 2 * len(plan.layers) * block_tokens * plan.kv_heads * plan.head_dim * kv_dtype.itemsize
+        kv_size = 2 * len(plan.layers) * block_tokens * plan.kv_heads * plan.head_dim * kv_dtype.itemsize
+        size = kv_size + (block_tokens * plan.hidden * kv_dtype.itemsize if keep_states else 0)
         assert size <= kv.shape[1], f"a block of {kv.shape[1]} bytes holds less than {size}"
         self._plan, self._pool, self._kv = plan, pool, kv
         self._library = library()
@@ -157,32 +172,40 @@ class Executor:
             plan.rope_scale,
             plan.inv_freq.data_ptr(),
             plan.embedding.data_ptr(),
-            plan.final_norm.data_ptr(),
+            pointer(plan.final_norm),
             ctypes.addressof(self._layers),
             linear_struct(plan.head),
             pointer(plan.vocab_ids),
             kv.data_ptr(),
             kv.shape[1],
+            kv_size if keep_states else -1,
+            LinearStruct() if plan.fc is None else linear_struct(plan.fc),
         )
+        self.keeps_states = keep_states
 
     def forward(
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
         wanted: Sequence[int],
+        *,
+        features: Tensor | None = None,
+        states: Tensor | None = None,
     ) -> Tensor:
-        """Write the batch's K and V and compute logits.
+        """Write the batch's K and V (and states, where they are kept) and compute logits.
 
         Args:
             tokens: ids, sequence after sequence; each below ``vocab``.
             spans: the sequences, in row order.
             wanted: rows to put through the head.
+            features: for a plan with an fc, fp32 [rows, hidden].
+            states: takes the wanted rows' states, fp32 [len(wanted), hidden]: what the head reads, unrounded.
 
         Returns:
             fp32 [len(wanted), head outputs].
         """
         logits = torch.empty(len(wanted), self._plan.head.out_features)
-        batch = _BatchArrays(tokens, spans, wanted, logits)
+        batch = self._batch(tokens, spans, wanted, logits, features, states)
         status = self._library.pl_forward(
             ctypes.addressof(self._model), batch.address, self._pool.handle, self._pool.isa_code
         )
@@ -195,12 +218,16 @@ class Executor:
         spans: Sequence[Span],
         wanted: Sequence[int],
         drafting: Sequence[tuple[int, int]],
+        *,
+        features: Tensor | None = None,
     ) -> list[list[int]]:
         """Run the batch and go on greedily for some of its sequences, one native call for all draft tokens.
 
         Args:
             tokens, spans, wanted: as for ``forward``; ``wanted`` has the last row of each drafting sequence.
             drafting: (index in spans, tokens to draft), in the order of ``wanted``; lengths at least 1.
+            features: for a plan with an fc, those of the batch, fp32 [rows, hidden]; later rows read the state of
+                the row before.
 
         Returns:
             Draft tokens per drafting sequence: token ids, also of a restricted vocabulary.
@@ -211,7 +238,7 @@ class Executor:
         draft = _Draft(
             len(drafting), *(ctypes.addressof(array) for array in (sequences, lengths, out)), stride
         )
-        batch = _BatchArrays(tokens, spans, wanted, None)
+        batch = self._batch(tokens, spans, wanted, None, features, None)
         status = self._library.pl_draft_greedy(
             ctypes.addressof(self._model),
             batch.address,
@@ -222,12 +249,48 @@ class Executor:
         check(status)
         return [out[i * stride : i * stride + length] for i, (_, length) in enumerate(drafting)]
 
+    def read_states(self, spans: Sequence[Span]) -> Tensor:
+        """States that forwards kept, rounded to the cache's type.
+
+        Args:
+            spans: as for ``forward``, of positions that were run; a start of -1 reads zeros before the first one.
+
+        Returns:
+            fp32 [rows, hidden], row after row of the spans.
+        """
+        assert self.keeps_states
+        states = torch.empty(sum(count for _, count, _, _ in spans), self._plan.hidden)
+        batch = _BatchArrays((), spans, (), None, None, None)
+        self._library.pl_read_states(ctypes.addressof(self._model), batch.address, states.data_ptr())
+        return states
+
+    def _batch(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        wanted: Sequence[int],
+        logits: Tensor | None,
+        features: Tensor | None,
+        states: Tensor | None,
+    ) -> "_BatchArrays":
+        assert (features is None) == (self._plan.fc is None), "a plan with an fc needs features, others have none"
+        for matrix, rows in ((features, len(tokens)), (states, len(wanted))):
+            assert matrix is None or matrix.shape == (rows, self._plan.hidden)
+            assert matrix is None or (matrix.dtype is torch.float32 and matrix.is_contiguous())
+        return _BatchArrays(tokens, spans, wanted, logits, features, states)
+
 
 class _BatchArrays:
     """A pl_batch and the arrays it points into."""
 
     def __init__(
-        self, tokens: Sequence[int], spans: Sequence[Span], wanted: Sequence[int], logits: Tensor | None
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        wanted: Sequence[int],
+        logits: Tensor | None,
+        features: Tensor | None,
+        states: Tensor | None,
     ) -> None:
         firsts, counts, starts, tables = zip(*spans, strict=True)
         flat = [block for table in tables for block in table]
@@ -239,13 +302,14 @@ class _BatchArrays:
             (I32 * len(part))(*part) for part in (tokens, firsts, counts, starts, offsets, flat, wanted)
         ]
         addresses = (ctypes.addressof(array) for array in self._arrays)
-        self._batch = _Batch(len(tokens), len(spans), len(wanted), *addresses, pointer(logits))
+        matrices = (pointer(matrix) for matrix in (logits, features, states))
+        self._batch = _Batch(len(tokens), len(spans), len(wanted), *addresses, *matrices)
         self.address = ctypes.addressof(self._batch)
 
 
 def _layer(layer: LayerPlan) -> _Layer:
     return _Layer(
-        layer.attention_norm.data_ptr(),
+        pointer(layer.attention_norm),
         layer.mlp_norm.data_ptr(),
         pointer(layer.q_norm),
         pointer(layer.k_norm),

@@ -21,7 +21,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 3
+ABI_VERSION = 4
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -73,6 +73,8 @@ def library() -> ctypes.CDLL:
     lib.pl_linear_forward.argtypes = [PTR, PTR, I32, PTR, PTR, I32]
     lib.pl_forward.argtypes = [PTR, PTR, PTR, I32]
     lib.pl_draft_greedy.argtypes = [PTR, PTR, PTR, PTR, I32]
+    lib.pl_read_states.argtypes = [PTR, PTR, PTR]
+    lib.pl_read_states.restype = None
     lib.pl_argmax.argtypes = [PTR, I32, I64, PTR, PTR, I32]
     lib.pl_read.argtypes = [PTR, I64, PTR, I32]
     return lib

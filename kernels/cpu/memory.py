@@ -23,6 +23,7 @@ def compact(plan: DecoderPlan) -> DecoderPlan:
     buffer = _Buffer(total)
     return replace(
         plan,
+        fc=None if plan.fc is None else buffer.take(plan.fc),
         layers=tuple(_compact_layer(layer, buffer) for layer in plan.layers),
         head=buffer.take(plan.head),
     )

@@ -1,10 +1,14 @@
-"""One ragged batch for one member: which tokens run, where their K and V go, which rows need logits. No tensors."""
+"""One ragged batch for one member: which tokens run, where their K and V go, which rows need logits. Of tensors it only carries features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from paceline.server.engine.kv_blocks import BlockTable
 from paceline.server.models.attention import SequenceRows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(slots=True)
@@ -15,11 +19,13 @@ class Batch:
         tokens: token id per row.
         sequences: one entry per sequence, in row order.
         wanted: rows whose logits are returned, in order.
+        features: for a draft that reads states, fp32 [rows, hidden]: the state before each row.
     """
 
     tokens: list[int] = field(default_factory=list)
     sequences: list[SequenceRows] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
+    features: "Tensor | None" = None
 
     def add(self, table: BlockTable, tokens: Sequence[int], *, num_wanted: int) -> slice:
         """Append rows that continue a sequence after its computed tokens.

@@ -1,11 +1,12 @@
 """Configuration -> engine: resolves references, loads weights, sizes the KV arena, wires the served models."""
 
+import filecmp
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,14 +17,15 @@ from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import LANES
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
+from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
-from paceline.server.engine.kv_arena import KvArena, MemberShape, bytes_per_token
+from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
-from paceline.server.engine.runner import Runner, TorchRunner
+from paceline.server.engine.runner import TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
@@ -48,8 +50,8 @@ def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngi
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """One served model's loaded pieces."""
+class Parts:
+    """One served model's loaded pieces; ``target`` is what is served."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -57,8 +59,59 @@ class _Parts:
     draft: LoadedModel | None
 
     @property
-    def members(self) -> list[LoadedModel]:
-        return [self.target] if self.draft is None else [self.target, self.draft]
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache that one token takes, all members together."""
+        return sum(shape.bytes_per_token for shape, _ in self.members)
+
+    @property
+    def reads_states(self) -> bool:
+        return self.draft is not None and self.draft.config.reads_state
+
+    @property
+    def target_shape(self) -> MemberShape:
+        key = f"{self.target.key}/states" if self.reads_states else self.target.key
+        return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
+
+    @property
+    def draft_shape(self) -> MemberShape | None:
+        """The KV of a draft that reads states depends on whose they are."""
+        if self.draft is None:
+            return None
+        key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
+        return MemberShape(key, self.draft.config, self.draft.kv_dtype)
+
+    @property
+    def members(self) -> list[tuple[MemberShape, LoadedModel]]:
+        pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
+        return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Served models over one KV arena, ready to be stepped; every engine made of it starts with an empty cache."""
+
+    served: Mapping[str, ServedModel]
+    num_blocks: int
+    config: EngineConfig
+
+    def engine(self, observer: EngineObserver, *, seed: int) -> Engine:
+        """An engine over the wired models; one at a time, as they share the KV memory.
+
+        Args:
+            seed: of the generator for unseeded sampling.
+        """
+        blocks = KvBlocks(self.num_blocks, prefix_caching=self.config.prefix_caching)
+        scheduler = Scheduler(
+            self.served,
+            blocks,
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.config.max_running,
+        )
+        return Engine(self.served, blocks, scheduler, observer, seed=seed)
+
+    def with_rule(self, rule: Rule) -> "Wiring":
+        """The same models and memory, with another rule of verification for unseeded sampling."""
+        return replace(self, served={name: replace(model, rule=rule) for name, model in self.served.items()})
 
 
 def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
@@ -67,48 +120,71 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
     Raises:
         UserError: a model that cannot be found or loaded, a draft that does not fit, too little memory for KV.
     """
-    device = torch.device(config.engine.device)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    pool = Pool(config.engine.threads or 1) if kernels_wanted(config.engine.device) else None
+    loader = make_loader(config.engine)
+    wiring = wire([load_parts(spec, loader) for spec in config.models], config.engine, loader)
+    engine = wiring.engine(observer, seed=int.from_bytes(os.urandom(7), "big"))
+    return BuiltEngine(engine, {name: model.info for name, model in wiring.served.items()})
+
+
+def make_loader(engine: EngineConfig) -> ModelLoader:
+    """A loader for the device, with the threads that its models will run on; ``engine`` must be resolved.
+
+    Raises:
+        ConfigError: a block size that the CPU kernels cannot use.
+    """
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    pool = Pool(engine.threads or 1) if kernels_wanted(engine.device) else None
     if pool is not None:  # one thread pool at work at a time: torch's own would spin beside the kernels'
         torch.set_num_threads(1)
-        if config.engine.block_size % LANES:
+        if engine.block_size % LANES:
             raise ConfigError(
-                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {config.engine.block_size}"
+                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {engine.block_size}"
             )
-    loader = ModelLoader(device, pool)
-    parts = [_load(spec, loader) for spec in config.models]
-    members = {m.key: m for p in parts for m in p.members}
-    shapes = {key: MemberShape(key, m.config, m.kv_dtype) for key, m in members.items()}
+    return ModelLoader(torch.device(engine.device), pool)
+
+
+def wire(parts: Sequence[Parts], engine: EngineConfig, loader: ModelLoader) -> Wiring:
+    """Put models over one KV arena.
+
+    Args:
+        parts: everything that is served; what they share is wired once.
+        loader: that loaded them.
+    """
+    members = {shape.key: (shape, loaded) for p in parts for shape, loaded in p.members}
+    shapes = [shape for shape, _ in members.values()]
     arena = KvArena(
-        list(shapes.values()),
-        block_size=config.engine.block_size,
-        total_bytes=_kv_bytes(config.engine, list(shapes.values()), device),
-        device=device,
+        shapes,
+        block_size=engine.block_size,
+        total_bytes=_kv_bytes(engine, shapes, loader.device),
+        device=loader.device,
     )
-    runners = {key: _runner(m, shapes[key], arena, pool) for key, m in members.items()}
-    served = {p.spec.name: _serve(p, runners, config.engine) for p in parts}
-    blocks = KvBlocks(arena.num_blocks, prefix_caching=config.engine.prefix_caching)
-    scheduler = Scheduler(
-        served,
-        blocks,
-        max_batch_tokens=config.engine.max_batch_tokens,
-        max_running=config.engine.max_running,
-    )
-    engine = Engine(served, blocks, scheduler, observer, seed=int.from_bytes(os.urandom(7), "big"))
-    return BuiltEngine(engine, {name: model.info for name, model in served.items()})
+    runners = {
+        key: make_runner(loaded, shape, arena, loader.pool) for key, (shape, loaded) in members.items()
+    }
+    served = {p.spec.name: _serve(p, runners, engine) for p in parts}
+    return Wiring(served, arena.num_blocks, engine)
 
 
-def _runner(member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None) -> Runner:
+def make_runner(
+    member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None
+) -> TorchRunner | CpuRunner:
+    """What runs a member over its part of an arena; ``pool`` is that of the loader that loaded it."""
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
-        return TorchRunner(member.weights, layout, arena.views(shape))
+        return TorchRunner(member.weights, layout, arena.views(shape), arena.states(shape))
     assert pool is not None
-    return CpuRunner(member.weights, pool, layout, arena.buffer, member.kv_dtype)
+    return CpuRunner(
+        member.weights, pool, layout, arena.buffer, member.kv_dtype, keep_states=shape.keeps_states
+    )
 
 
-def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
+def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
+    """Load what a served model consists of.
+
+    Raises:
+        UserError: a model that cannot be found or loaded, or a draft that does not fit.
+    """
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
     target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
@@ -117,12 +193,30 @@ def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
             f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
             "serve its target and name it with --draft"
         )
-    return _Parts(spec, tokenizer, target, _load_draft(spec, path, tokenizer, loader))
+    if target.config.reads_state:
+        raise ConfigError(
+            f"{path} reads the states of a target, so that it can only draft: serve its target and name it with --draft"
+        )
+    return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader))
 
 
-def _load_draft(
-    spec: ModelSpec, target: Path, tokenizer: Tokenizer, loader: ModelLoader
+def load_draft(
+    spec: ModelSpec,
+    target: LoadedModel,
+    tokenizer: Tokenizer,
+    loader: ModelLoader,
+    *,
+    fleeting: bool = False,
 ) -> LoadedModel | None:
+    """Load the draft model that ``spec`` names, if it names one, and see that it fits the target.
+
+    Args:
+        tokenizer: the target's.
+        fleeting: see ``ModelLoader.load``.
+
+    Raises:
+        UserError: it cannot be found or loaded, or does not fit.
+    """
     reference = spec.speculation.draft
     if reference is None or reference == "ngram":
         return None
@@ -130,21 +224,40 @@ def _load_draft(
     manifest = read_manifest(path)
     if manifest is not None:
         check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
-    check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    return _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights, target=target))
+    if not _same_tokenizer_files(path, target.path):
+        check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
+    draft = _timed(
+        f"draft of {spec.name}",
+        lambda: loader.load(path, spec.weights, target=target.path, fleeting=fleeting),
+    )
+    if draft.config.reads_state and draft.config.hidden_size != target.config.hidden_size:
+        raise ConfigError(
+            f"{path} reads states of width {draft.config.hidden_size}, but those of {target.path} have "
+            f"{target.config.hidden_size}: use the draft with the target it was made for"
+        )
+    return draft
 
 
-def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -> ServedModel:
+def _same_tokenizer_files(path: Path, other: Path) -> bool:
+    """Whether two folders hold copies of one tokenizer, which spares loading it a second time."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    pairs = [(path / name, other / name) for name in names]
+    return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+
+
+def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
-    if parts.draft is not None:
+    runner = runners[parts.target_shape.key]
+    if parts.draft is not None and parts.draft_shape is not None:
         default = _draft_name(parts.draft.path)
         proposers[default] = DraftModelProposer(
-            runners[parts.draft.key],
+            runners[parts.draft_shape.key],
             vocab_size=target.config.vocab_size,
             max_batch_tokens=engine.max_batch_tokens,
             num_proposable=parts.draft.config.head_rows,
+            target=runner if parts.reads_states else None,
         )
     if spec.speculation.ngram or default == "ngram":
         proposers["ngram"] = NgramProposer()
@@ -163,7 +276,7 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(
         info,
-        runners[target.key],
+        runner,
         proposers,
         policy,
         spec.speculation.verify,
@@ -171,9 +284,9 @@ def _serve(parts: _Parts, runners: Mapping[str, Runner], engine: EngineConfig) -
     )
 
 
-def _context_length(parts: _Parts) -> int:
+def _context_length(parts: Parts) -> int:
     """The configured length, at most what every member was made for."""
-    limit = min(m.config.context_length for m in parts.members)
+    limit = min(shape.config.context_length for shape, _ in parts.members)
     wanted = parts.spec.context_length
     if wanted is not None and wanted > limit:
         raise ConfigError(
@@ -193,9 +306,7 @@ def _fingerprint(key: str) -> str:
 def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.device) -> int:
     if engine.kv_cache_gib is not None:
         return int(engine.kv_cache_gib * 2**30)
-    wanted = sum(
-        _AUTO_CONTEXTS * m.config.context_length * bytes_per_token(m.config, m.dtype) for m in members
-    )
+    wanted = sum(_AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))
 

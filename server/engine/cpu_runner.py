@@ -10,6 +10,7 @@ from paceline.kernels.cpu.library import Pool
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
 from paceline.server.engine.runner import spread
+from paceline.server.models.attention import SequenceRows
 
 
 class CpuRunner:
@@ -19,22 +20,47 @@ class CpuRunner:
         plan: the packed decoder.
         pool: the kernels' threads, shared by all members.
         buffer: the KV arena, uint8 [blocks, block_bytes].
+        keep_states: in the blocks, for a draft that reads them.
     """
 
     def __init__(
-        self, plan: DecoderPlan, pool: Pool, layout: MemberLayout, buffer: Tensor, kv_dtype: torch.dtype
+        self,
+        plan: DecoderPlan,
+        pool: Pool,
+        layout: MemberLayout,
+        buffer: Tensor,
+        kv_dtype: torch.dtype,
+        *,
+        keep_states: bool = False,
     ) -> None:
         self.layout = layout
         self.vocab_size = plan.vocab
         self._vocab_ids = plan.vocab_ids
         self.device = torch.device("cpu")
         self._pool = pool
-        self._executor = Executor(plan, pool, buffer, kv_dtype=kv_dtype, block_tokens=layout.block_tokens)
+        self._hidden = plan.hidden
+        self._executor = Executor(
+            plan, pool, buffer, kv_dtype=kv_dtype, block_tokens=layout.block_tokens, keep_states=keep_states
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Runner.forward``."""
-        logits = self._executor.forward(batch.tokens, _spans(batch), batch.wanted)
+        logits = self._executor.forward(
+            batch.tokens, _spans(batch.sequences), batch.wanted, features=batch.features
+        )
         return spread(logits, self._vocab_ids, self.vocab_size)
+
+    def forward_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See ``FeatureRunner.forward_states``."""
+        states = torch.empty(len(batch.wanted), self._hidden)
+        logits = self._executor.forward(
+            batch.tokens, _spans(batch.sequences), batch.wanted, features=batch.features, states=states
+        )
+        return spread(logits, self._vocab_ids, self.vocab_size), states
+
+    def read_states(self, spans: Sequence[SequenceRows]) -> Tensor:
+        """See ``StateReader.read_states``."""
+        return self._executor.read_states(_spans(spans))
 
     def argmax(self, logits: Tensor) -> list[int]:
         """See ``Runner.argmax``."""
@@ -42,8 +68,10 @@ class CpuRunner:
 
     def draft_greedy(self, batch: Batch, drafting: Sequence[tuple[int, int]]) -> list[list[int]]:
         """See ``GreedyDrafter.draft_greedy``."""
-        return self._executor.draft_greedy(batch.tokens, _spans(batch), batch.wanted, drafting)
+        return self._executor.draft_greedy(
+            batch.tokens, _spans(batch.sequences), batch.wanted, drafting, features=batch.features
+        )
 
 
-def _spans(batch: Batch) -> list[Span]:
-    return [(s.first_row, s.count, s.start, s.pages) for s in batch.sequences]
+def _spans(sequences: Sequence[SequenceRows]) -> list[Span]:
+    return [(s.first_row, s.count, s.start, s.pages) for s in sequences]

@@ -20,9 +20,10 @@ from paceline.server.decoding.sampler import draw, probabilities, process
 from paceline.server.decoding.verify import DraftBlock
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
-from paceline.server.engine.runner import GreedyDrafter, Runner
+from paceline.server.engine.runner import FeatureRunner, GreedyDrafter, Runner, StateReader
 from paceline.server.engine.scheduler import Scheduled
 from paceline.server.engine.sequence import Sequence
+from paceline.server.models.attention import SequenceRows
 
 EMPTY_BLOCK = DraftBlock((), None)
 #: The proposer's name by which requests choose prompt lookup.
@@ -109,16 +110,26 @@ class DraftModelProposer:
         vocab_size: the target's; draft logits are cut or padded with -inf to it.
         max_batch_tokens: known tokens the draft may compute per step.
         num_proposable: ids that the draft has logits for; None is all.
+        target: keeps the states for a draft that reads them (``ModelConfig.reads_state``), None for others. Rows of
+            known tokens read the target's states; rows of draft tokens the draft's own, and these rows are forgotten
+            after the block: accepted tokens are computed anew from the target's states when they are known text.
     """
 
     def __init__(
-        self, runner: Runner, *, vocab_size: int, max_batch_tokens: int, num_proposable: int | None = None
+        self,
+        runner: Runner,
+        *,
+        vocab_size: int,
+        max_batch_tokens: int,
+        num_proposable: int | None = None,
+        target: StateReader | None = None,
     ) -> None:
         self.layout: MemberLayout | None = runner.layout
         self._num_proposable = num_proposable or runner.vocab_size
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_batch_tokens = max_batch_tokens
+        self._target, self._reader = target, runner if isinstance(runner, FeatureRunner) else None
         self._work = DraftWork()
 
     def option(self, name: str, sequence: Sequence) -> Option | None:
@@ -145,7 +156,9 @@ class DraftModelProposer:
         if fits and isinstance(runner, GreedyDrafter) and drafting and all(d.is_plain for d in drafting):
             self._draft_greedy(runner, batch, drafting)
         elif batch.tokens:
-            self._draft(drafting, self._logits(batch), generator)
+            self._draft(batch, drafting, generator)
+        if self._target is not None:
+            _forget_drafted(drafting)
         blocks = {id(d.item): d.block() for d in drafting}
         return [blocks.get(id(item), EMPTY_BLOCK) for item in items]
 
@@ -155,6 +168,7 @@ class DraftModelProposer:
     def _catch_up(self, items: SequenceOf[Scheduled]) -> tuple[Batch, list["_Drafting"]]:
         """The batch of known tokens that the draft lacks, and who drafts after it (its wanted rows, in order)."""
         batch, budget, drafting = Batch(), self._max_batch_tokens, []
+        before: list[SequenceRows] = []
         for item in items:
             table, sequence = item.sequence.draft, item.sequence
             assert table is not None
@@ -167,8 +181,12 @@ class DraftModelProposer:
             ready = len(chunk) == len(missing) and self._can_propose(sequence)
             batch.add(table, self._known(chunk), num_wanted=int(ready))
             table.num_computed += len(chunk)
+            rows = batch.sequences[-1]
+            before.append(SequenceRows(rows.first_row, rows.count, rows.start - 1, sequence.target.blocks))
             if ready:
                 drafting.append(_Drafting(item, len(batch.sequences) - 1))
+        if self._target is not None and before:
+            batch.features = self._target.read_states(before)
         return batch, drafting
 
     def _can_propose(self, sequence: Sequence) -> bool:
@@ -184,27 +202,37 @@ class DraftModelProposer:
             assert d.item.sequence.draft is not None
             d.item.sequence.draft.num_computed += len(tokens) - 1
 
-    def _draft(self, drafting: SequenceOf["_Drafting"], logits: Tensor, generator: torch.Generator) -> None:
+    def _draft(
+        self, batch: Batch, drafting: SequenceOf["_Drafting"], generator: torch.Generator
+    ) -> None:
+        logits, states = self._run(batch)
         pending = list(drafting)
         while pending:
             self._draw(pending, logits, generator)
-            pending = [d for d in pending if len(d.tokens) < d.item.draft_tokens]
+            left = [i for i, d in enumerate(pending) if len(d.tokens) < d.item.draft_tokens]
+            pending = [pending[i] for i in left]
             if pending:
-                logits = self._advance(pending)
+                logits, states = self._run(self._next_rows(pending, None if states is None else states[left]))
 
-    def _advance(self, pending: SequenceOf["_Drafting"]) -> Tensor:
-        batch = Batch()
+    def _next_rows(self, pending: SequenceOf["_Drafting"], features: Tensor | None) -> Batch:
+        batch = Batch(features=features)
         for drafting in pending:
             table = drafting.item.sequence.draft
             assert table is not None
             batch.add(table, self._known(drafting.tokens[-1:]), num_wanted=1)
             table.num_computed += 1
-        return self._logits(batch)
+        return batch
 
-    def _logits(self, batch: Batch) -> Tensor:
-        logits = self._runner.forward(batch)
+    def _run(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Logits over the target's vocabulary, and the states of the same rows where the draft reads states."""
+        states = None
+        if self._target is None:
+            logits = self._runner.forward(batch)
+        else:
+            assert self._reader is not None
+            logits, states = self._reader.forward_states(batch)
         missing = self._vocab_size - logits.shape[1]
-        return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+        return F.pad(logits, (0, missing), value=float("-inf")) if missing else logits, states
 
     def _known(self, tokens: SequenceOf[int]) -> list[int]:
         """Ids that the draft has an embedding for; padding ids of a wider target become 0."""
@@ -243,6 +271,13 @@ class _Drafting:
 
     def block(self) -> DraftBlock:
         return DraftBlock(tuple(self.tokens), torch.stack(self.probs) if self.needs_probs else None)
+
+
+def _forget_drafted(drafting: SequenceOf[_Drafting]) -> None:
+    """Count only rows that were computed from the target's states."""
+    for d in drafting:
+        assert d.item.sequence.draft is not None
+        d.item.sequence.draft.rollback(len(d.item.sequence.tokens))
 
 
 def _work(batch: Batch, drafting: SequenceOf[_Drafting]) -> DraftWork:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
-from paceline.server.models.attention import AttentionPlan
+from paceline.server.models.attention import AttentionPlan, SequenceRows
 from paceline.server.models.llama import Decoder, KvViews, RaggedInput
 
 
@@ -31,6 +31,27 @@ class Runner(Protocol):
 
     def argmax(self, logits: Tensor) -> list[int]:
         """Index of each row's greatest value, the lowest among equals: fp32 [rows, vocab]."""
+        ...
+
+
+class StateReader(Protocol):
+    """A target that keeps the states of what it ran, for a draft that reads them."""
+
+    def read_states(self, spans: Sequence[SequenceRows]) -> Tensor:
+        """States after the final norm, fp32 [rows, hidden], rows in the order of the spans.
+
+        Args:
+            spans: positions that were run; a start of -1 reads zeros before the first one.
+        """
+        ...
+
+
+@runtime_checkable
+class FeatureRunner(Protocol):
+    """A draft that reads states: its batches carry features."""
+
+    def forward_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits as ``forward``, and the states of the wanted rows, fp32 [wanted, hidden]."""
         ...
 
 
@@ -55,21 +76,39 @@ class GreedyDrafter(Protocol):
 class TorchRunner:
     """Torch modules over arena views: the oracle on CPU, the product path on CUDA."""
 
-    def __init__(self, decoder: Decoder, layout: MemberLayout, kv: KvViews) -> None:
+    def __init__(
+        self, decoder: Decoder, layout: MemberLayout, kv: KvViews, kept: Tensor | None = None
+    ) -> None:
         self.layout = layout
         self.vocab_size = decoder.config.vocab_size
         self._vocab_ids = decoder.vocab_ids
         self.device = decoder.embedding.device
         self._decoder = decoder
         self._kv = kv
+        self._kept = kept
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Runner.forward``."""
+        return self.forward_states(batch)[0]
+
+    def forward_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See ``FeatureRunner.forward_states``."""
         plan = AttentionPlan(batch.sequences, self.layout.block_tokens, self.device)
         tokens = torch.tensor(batch.tokens, dtype=torch.long, device=self.device)
         wanted = torch.tensor(batch.wanted, dtype=torch.long, device=self.device)
-        logits: Tensor = self._decoder(RaggedInput(tokens, plan, wanted), self._kv)
-        return spread(logits, self._vocab_ids, self.vocab_size)
+        ragged = RaggedInput(tokens, plan, wanted, batch.features)
+        logits, states = self._decoder.outputs(ragged, self._kv, self._kept)
+        return spread(logits, self._vocab_ids, self.vocab_size), states
+
+    def read_states(self, spans: Sequence[SequenceRows]) -> Tensor:
+        """See ``StateReader.read_states``."""
+        assert self._kept is not None
+        size = self.layout.block_tokens
+        positions = [s.start + i for s in spans for i in range(s.count)]
+        pages = [s.pages[max(0, s.start + i) // size] for s in spans for i in range(s.count)]
+        at = torch.tensor(positions, device=self.device)
+        states = self._kept[torch.tensor(pages, device=self.device), at.clamp(min=0) % size].float()
+        return states.where(at[:, None] >= 0, 0.0)
 
     def argmax(self, logits: Tensor) -> list[int]:
         """See ``Runner.argmax``."""

@@ -69,12 +69,16 @@ class AttentionPlan:
             context,
         )
 
+    def write(self, pages: Tensor, rows: Tensor) -> None:
+        """Put one entry per row, [rows, ...], into its place in ``pages`` [pages, page_tokens, ...]."""
+        pages[self._write_pages, self._write_offsets] = rows.to(pages.dtype)
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None
     ) -> Tensor:
         """Write k and v to the cache, then attend; returns [rows, heads * head_dim]."""
-        k_cache[self._write_pages, self._write_offsets] = k.to(k_cache.dtype)
-        v_cache[self._write_pages, self._write_offsets] = v.to(v_cache.dtype)
+        self.write(k_cache, k)
+        self.write(v_cache, v)
         out = torch.empty_like(q)
         for index, group in enumerate(self._groups):
             repeats = q.shape[1] // k_cache.shape[2]

@@ -15,8 +15,13 @@ from paceline.server.errors import ArtifactError, UnsupportedModelError
 SUPPORTED = {"llama": "Llama 1-3", "mistral": "Mistral", "qwen2": "Qwen2 / Qwen2.5", "qwen3": "Qwen3"}
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FIRST_NORM, FINAL_NORM = "model.layers.0.input_layernorm.weight", "model.norm.weight"
+#: The linear that joins embedding and state in a draft that reads its target's states, and the key that says so.
+FC, READS_STATE = "model.fc.weight", "reads_target_state"
 #: ``architectures`` of artifacts in native form (``native_form``), so that other loaders refuse them.
 NATIVE_ARCHITECTURE = "PacelineForCausalLM"
+#: That of a draft that reads states in the form that vLLM's ``eagle`` method loads.
+EAGLE_ARCHITECTURE = "EagleLlamaForCausalLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,9 @@ class ModelConfig:
         rope_attention_scale: factor on cos and sin (yarn); 1.0 otherwise.
         sliding_windows: per layer, how many latest positions (own included) a query sees; None sees all.
         head_rows: logits of the head: ``vocab_size``, or as many ids as a draft of a restricted vocabulary proposes.
+        reads_state: a feature-reading draft (EAGLE, arXiv:2401.15077): block 0 gets fc([embedding(x_i), h_(i-1)]) with
+            h the target's state after its final norm, later draft steps the draft's own state instead. No norm before
+            the first block's attention, none after the last block.
     """
 
     model_type: str
@@ -49,6 +57,7 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     head_rows: int
+    reads_state: bool = False
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a checkpoint tensor by its Hugging Face name."""
@@ -64,6 +73,7 @@ class ModelConfig:
             "down_proj": (self.hidden_size, self.intermediate_size),
             "embed_tokens": (self.vocab_size, self.hidden_size),
             "lm_head": (self.head_rows, self.hidden_size),
+            "fc": (self.hidden_size, 2 * self.hidden_size),
         }
         if part in outputs:
             return outputs[part] if kind == "weight" else outputs[part][:1]
@@ -79,8 +89,9 @@ class ModelConfig:
             f"{part}.bias" for part, bias in parts.items() if bias
         ]
         block += [f"self_attn.{p}_norm.weight" for p in "qk" if self.qk_norm]
-        outside = [EMBEDDING, "model.norm.weight", *([] if self.tied_head else [HEAD])]
-        return outside + [f"model.layers.{i}.{name}" for i in range(self.num_layers) for name in block]
+        outside = [EMBEDDING, FC if self.reads_state else FINAL_NORM, *([] if self.tied_head else [HEAD])]
+        names = outside + [f"model.layers.{i}.{name}" for i in range(self.num_layers) for name in block]
+        return [name for name in names if not (self.reads_state and name == FIRST_NORM)]
 
 
 def restricted(config: ModelConfig, ids: Sized | None) -> ModelConfig:
@@ -112,6 +123,10 @@ def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> 
             f"{where} is in Paceline's native form, which only the server loads; "
             "paceline export DIR --standalone -o OUT makes a plain checkpoint of it"
         )
+    if EAGLE_ARCHITECTURE in (hf.get("architectures") or ()):
+        raise UnsupportedModelError(
+            f"{where} is a draft in the form for vLLM's eagle method; serve the artifact that it was exported from"
+        )
     model_type = hf.get("model_type")
     if model_type not in SUPPORTED:
         raise unsupported(f"model type {model_type!r} ({where})")
@@ -123,9 +138,16 @@ def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> 
 
     try:
         normal = AutoConfig.for_model(**deepcopy(dict(hf)))  # it writes into nested tables
-        return _from_transformers(normal, where)
+        return replace(_from_transformers(normal, where), reads_state=_reads_state(hf, where))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{where} is not a valid {model_type} configuration: {error}") from error
+
+
+def _reads_state(hf: Mapping[str, Any], where: str) -> bool:
+    value = hf.get(READS_STATE, False)
+    if not isinstance(value, bool):
+        raise ArtifactError(f"{where}: {READS_STATE} must be true or false, not {value!r}")
+    return value
 
 
 def _from_transformers(c: Any, where: str) -> ModelConfig:

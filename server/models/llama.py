@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from paceline.server.models.attention import AttentionPlan
-from paceline.server.models.config import ModelConfig
+from paceline.server.models.config import FC, FINAL_NORM, ModelConfig
 from paceline.server.models.layers import Linear, RMSNorm, Rotary, fuse, rotate
 
 #: Fetches a checkpoint tensor by its Hugging Face name, in the dtype and on the device to compute with.
@@ -69,12 +69,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Pre-norm attention and MLP with residuals; the first block of a draft that reads states has no norm before its
+    attention."""
 
     def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
         super().__init__()
         name = f"model.layers.{layer}"
-        self.attention_norm = RMSNorm(fetch(f"{name}.input_layernorm.weight"), config.rms_eps)
+        normed = layer > 0 or not config.reads_state
+        self.attention_norm = (
+            RMSNorm(fetch(f"{name}.input_layernorm.weight"), config.rms_eps) if normed else nn.Identity()
+        )
         self.attention = Attention(config, layer, fetch)
         self.mlp_norm = RMSNorm(fetch(f"{name}.post_attention_layernorm.weight"), config.rms_eps)
         self.mlp = MLP(config, layer, fetch)
@@ -90,12 +94,13 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class RaggedInput:
-    """One forward: ``tokens`` int64 [rows], the attention plan of the same rows, and the rows to put through the
-    head, int64 [wanted]."""
+    """One forward: ``tokens`` int64 [rows], the attention plan of the same rows, the rows to put through the head, int64
+    [wanted], and for a draft that reads states the ``features``, fp32 [rows, hidden]."""
 
     tokens: Tensor
     plan: AttentionPlan
     wanted: Tensor
+    features: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -112,17 +117,39 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = fetch("model.embed_tokens.weight")
         self.blocks = nn.ModuleList(Block(config, layer, fetch) for layer in range(config.num_layers))
-        self.norm = RMSNorm(fetch("model.norm.weight"), config.rms_eps)
+        self.fc = Linear(fetch(FC)) if config.reads_state else None
+        self.norm = nn.Identity() if config.reads_state else RMSNorm(fetch(FINAL_NORM), config.rms_eps)
         self.head = Linear(self.embedding if config.tied_head else fetch("lm_head.weight"))
         self.rotary = Rotary(config, self.embedding.device)
         self.vocab_ids = None if vocab_ids is None else vocab_ids.to(self.embedding.device)
 
+    def forward(self, ragged: RaggedInput, kv: KvViews, kept: Tensor | None = None) -> Tensor:
+        """Run the batch and return fp32 logits [wanted, head_rows]; for ``kept`` see ``outputs``."""
+        return self.outputs(ragged, kv, kept)[0]
+
     @torch.inference_mode()
-    def forward(self, ragged: RaggedInput, kv: KvViews) -> Tensor:
-        """Run the batch and return fp32 logits [wanted, head_rows]."""
-        x = F.embedding(ragged.tokens, self.embedding)
+    def outputs(self, ragged: RaggedInput, kv: KvViews, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run the batch.
+
+        Args:
+            kept: pages that take every row's state, [pages, page_tokens, hidden].
+
+        Returns:
+            fp32 logits [wanted, head_rows], and the states that they were made of, fp32 [wanted, hidden].
+        """
+        x = self._inputs(ragged)
         angles = self.rotary.angles(ragged.plan.positions, x.dtype)
         for block, views in zip(self.blocks, kv, strict=True):
             x = block(x, angles, ragged.plan, views)
-        logits: Tensor = self.head(self.norm(x[ragged.wanted]))
-        return logits.float()
+        if kept is not None:
+            ragged.plan.write(kept, self.norm(x))
+        states: Tensor = self.norm(x[ragged.wanted])
+        return self.head(states).float(), states.float()
+
+    def _inputs(self, ragged: RaggedInput) -> Tensor:
+        x = F.embedding(ragged.tokens, self.embedding)
+        if self.fc is None:
+            return x
+        assert ragged.features is not None
+        joined: Tensor = self.fc(torch.cat((x, ragged.features.to(x.dtype)), dim=-1))
+        return joined

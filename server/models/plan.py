@@ -12,7 +12,7 @@ from paceline.kernels.cpu.executor import DecoderPlan, LayerPlan
 from paceline.kernels.cpu.int8 import pack_rows
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import Format, PackedLinear, interleave_rows
-from paceline.server.models.config import EMBEDDING, HEAD, ModelConfig
+from paceline.server.models.config import EMBEDDING, FC, FINAL_NORM, HEAD, ModelConfig
 from paceline.server.models.native_form import Int8Rows
 
 #: Fetches a checkpoint tensor by its Hugging Face name as fp32 on CPU.
@@ -69,7 +69,8 @@ class PlanBuilder:
             rope_scale=c.rope_attention_scale,
             inv_freq=torch.tensor(c.rope_inv_freq),
             layers=tuple(self._layer(i) for i in range(c.num_layers)),
-            final_norm=self._norm("model.norm.weight"),
+            final_norm=None if c.reads_state else self._norm(FINAL_NORM),
+            fc=self._fused([FC.removesuffix(".weight")], bias=False) if c.reads_state else None,
             head=self._head(embedding),
             embedding=(embedding if self._format == "fp32" else embedding.bfloat16()).contiguous(),
         )
@@ -78,7 +79,7 @@ class PlanBuilder:
         c, name = self._config, f"model.layers.{index}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         return LayerPlan(
-            attention_norm=self._norm(f"{name}.input_layernorm.weight"),
+            attention_norm=None if c.reads_state and index == 0 else self._norm(f"{name}.input_layernorm.weight"),
             mlp_norm=self._norm(f"{name}.post_attention_layernorm.weight"),
             qkv=self._fused([f"{attention}.{p}_proj" for p in "qkv"], c.qkv_bias),
             output=self._fused([f"{attention}.o_proj"], c.output_bias),

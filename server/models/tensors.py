@@ -76,4 +76,5 @@ def total_bytes(config: ModelConfig) -> int:
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     block = sum(math.prod(config.tensor_shape(f"{part}.weight")) for part in parts)
     rows = config.vocab_size + (0 if config.tied_head else config.head_rows)
+    rows += 2 * config.hidden_size if config.reads_state else 0
     return (config.num_layers * block + rows * config.hidden_size) * _FP32_BYTES

@@ -56,7 +56,7 @@ struct AttendItem {
 };
 
 struct Workspace {
-    Buffer<float> x, qkv, attended, gated, fp32, scales, cos, sin, scratch;
+    Buffer<float> x, joined, qkv, attended, gated, fp32, scales, cos, sin, scratch;
     Buffer<int8_t> int8;
     Buffer<int32_t> corrections, sequence_of;
     Buffer<AttendItem> items;
@@ -96,13 +96,27 @@ void linear_phase(Worker &worker, const KernelTable &k, const pl_linear &l, cons
                 [&](int begin, int end) { k.linear_tiles(l, input, out, rows, begin, end, std::max(0, begin + step)); }, ahead);
 }
 
+void widen(const uint16_t *bf16, float *out, int n) {
+    for (int i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)bf16[i] << 16;
+        std::memcpy(out + i, &bits, 4);
+    }
+}
+
+// Where a model keeps the state of a position.
+uint8_t *state_at(const pl_model &m, const int32_t *table, int position) {
+    const int64_t bytes = (int64_t)m.hidden * (m.kv_format == PL_FP32 ? 4 : 2);
+    return m.kv + table[position / m.block_tokens] * m.block_bytes + m.state_offset + position % m.block_tokens * bytes;
+}
+
 class Forward {
 public:
     Forward(const pl_model &m, const pl_batch &b, pl_pool &pool, const KernelTable &k)
         : m_(m), b_(b), pool_(pool), k_(k), w_(workspace), q_width_(m.heads * m.head_dim),
           kv_width_(m.kv_heads * m.head_dim), qkv_width_(q_width_ + 2 * kv_width_),
-          inputs_(w_, b.rows, std::max({m.hidden, m.ffn, q_width_})) {
+          inputs_(w_, b.rows, std::max({m.hidden, m.ffn, q_width_, m.fc.out ? 2 * m.hidden : 0})) {
         x_ = w_.x.get((int64_t)b.rows * m.hidden);
+        joined_ = m.fc.out ? w_.joined.get((int64_t)b.rows * 2 * m.hidden) : nullptr;
         qkv_ = w_.qkv.get((int64_t)b.rows * qkv_width_);
         attended_ = w_.attended.get((int64_t)b.rows * q_width_);
         gated_stride_ = (m.ffn + PL_LANES - 1) / PL_LANES * PL_LANES;
@@ -152,10 +166,20 @@ private:
 
     void on_thread(Worker &worker) {
         Thread t{worker, {}};
-        look_ahead(t, m_.num_layers ? m_.layers[0].qkv : m_.head);
-        each_row(t, b_.rows, [&](int row) { embed(row); });
+        embed(t);
         for (int i = 0; i < m_.num_layers; i++) layer(t, i);
         head(t);
+    }
+
+    void embed(Thread &t) {
+        const pl_linear &first = m_.num_layers ? m_.layers[0].qkv : m_.head;
+        look_ahead(t, m_.fc.out ? m_.fc : first);
+        each_row(t, b_.rows, [&](int row) {
+            set_angles(row);
+            if (m_.fc.out) join(row);
+            else read_embedding(row, x_ + (int64_t)row * m_.hidden);
+        });
+        if (m_.fc.out) linear(t, m_.fc, {Output::kStore, x_, m_.hidden}, b_.rows, first);
     }
 
     void layer(Thread &t, int index) {
@@ -175,11 +199,26 @@ private:
     }
 
     void head(Thread &t) {
-        each_row(t, b_.wanted, [&](int row) {
-            prepare(x_ + (int64_t)b_.wanted_rows[row] * m_.hidden, m_.final_norm, m_.head, row);
+        // States need no phase of their own: they are items behind the wanted rows.
+        const int kept = m_.state_offset < 0 ? 0 : b_.rows;
+        each_row(t, b_.wanted + kept, [&](int item) {
+            if (item < b_.wanted) finish(item);
+            else store_state(x_ + (int64_t)(item - b_.wanted) * m_.hidden, m_.kv_format, kept_state(item - b_.wanted));
         });
         linear(t, m_.head, {Output::kStore, b_.logits, m_.head.out}, b_.wanted, m_.head);
     }
+
+    void finish(int index) {
+        const float *x = x_ + (int64_t)b_.wanted_rows[index] * m_.hidden;
+        prepare(x, m_.final_norm, m_.head, index);
+        if (b_.states) store_state(x, PL_FP32, b_.states + (int64_t)index * m_.hidden);
+    }
+
+    void store_state(const float *x, int32_t format, void *out) {
+        k_.store_state(x, m_.final_norm, m_.eps, m_.hidden, format, out);
+    }
+
+    void *kept_state(int row) const { return state_at(m_, table(row), position(row)); }
 
     template <typename Body>
     void each_row(Thread &t, int rows, const Body &body) {
@@ -205,18 +244,23 @@ private:
         linear_phase(t.worker, k_, l, inputs_.all(), out, rows, pool_.threads(), &t.ahead);
     }
 
-    void embed(int row) {
-        float *x = x_ + (int64_t)row * m_.hidden;
+    void join(int row) {
+        float *joined = joined_ + (int64_t)row * 2 * m_.hidden;
+        read_embedding(row, joined);
+        std::memcpy(joined + m_.hidden, b_.features + (int64_t)row * m_.hidden, m_.hidden * sizeof(float));
+        prepare(joined, nullptr, m_.fc, row);
+    }
+
+    void read_embedding(int row, float *x) const {
         const int64_t at = (int64_t)b_.tokens[row] * m_.hidden;
         if (m_.embedding_format == PL_FP32) {
             std::memcpy(x, (const float *)m_.embedding + at, m_.hidden * sizeof(float));
         } else {
-            const uint16_t *from = (const uint16_t *)m_.embedding + at;
-            for (int i = 0; i < m_.hidden; i++) {
-                const uint32_t bits = (uint32_t)from[i] << 16;
-                std::memcpy(x + i, &bits, 4);
-            }
+            widen((const uint16_t *)m_.embedding + at, x, m_.hidden);
         }
+    }
+
+    void set_angles(int row) {
         const int half = m_.head_dim / 2;
         for (int i = 0; i < half; i++) {
             const float angle = (float)position(row) * m_.inv_freq[i];
@@ -276,7 +320,7 @@ private:
     Workspace &w_;
     const int q_width_, kv_width_, qkv_width_;
     Inputs inputs_;
-    float *x_, *qkv_, *attended_, *gated_, *cos_, *sin_, *scratch_;
+    float *x_, *joined_, *qkv_, *attended_, *gated_, *cos_, *sin_, *scratch_;
     int64_t gated_stride_, scratch_size_;
     int32_t *sequence_of_;
     AttendItem *items_;
@@ -298,6 +342,19 @@ int32_t pl_forward(const pl_model *model, const pl_batch *batch, pl_pool *pool, 
         return -1;
     }
     return 0;
+}
+
+void pl_read_states(const pl_model *m, const pl_batch *b, float *out) {
+    for (int s = 0; s < b->sequences; s++) {
+        for (int i = 0; i < b->count[s]; i++) {
+            float *to = out + (int64_t)(b->first_row[s] + i) * m->hidden;
+            const int position = b->start[s] + i;
+            const uint8_t *from = position < 0 ? nullptr : state_at(*m, b->tables + b->table_start[s], position);
+            if (!from) std::fill(to, to + m->hidden, 0.0f);
+            else if (m->kv_format == PL_FP32) std::memcpy(to, from, m->hidden * sizeof(float));
+            else widen((const uint16_t *)from, to, m->hidden);
+        }
+    }
 }
 
 int32_t pl_linear_forward(const pl_linear *l, const float *x, int32_t rows, float *y, pl_pool *pool, int32_t isa) {

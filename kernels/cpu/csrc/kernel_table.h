@@ -50,6 +50,8 @@ struct KernelTable {
     void (*linear_tiles)(const pl_linear &, const Input &, const Output &, int rows, int begin, int end, int next);
     // Norm (weight NULL: none), then into the form that `next` reads.
     void (*prepare_row)(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &);
+    // Norm (weight NULL: none), then stored as fp32 or bf16.
+    void (*store_state)(const float *x, const float *weight, float eps, int n, int32_t format, void *out);
     void (*norm)(float *x, const float *weight, float eps, int n);
     void (*rotate)(float *head, const float *cos, const float *sin, int head_dim);
     void (*store_kv)(const KvLayer &, const int32_t *table, int position, int kv_head, const float *k, const float *v);

@@ -18,6 +18,6 @@ static void read(const uint8_t *memory, int64_t bytes) {
     (void)sink;
 }
 
-#define PL_TABLE {linear_tiles, prepare_row, norm, rotate, store_kv, attend, argmax, read}
+#define PL_TABLE {linear_tiles, prepare_row, store_state, norm, rotate, store_kv, attend, argmax, read}
 
 }  // namespace PL_ISA_NS

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 3
+#define PL_ABI_VERSION 4
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
 
@@ -29,7 +29,7 @@ typedef struct {
 } pl_linear;
 
 typedef struct {
-    const float *attention_norm, *mlp_norm;  // [hidden]
+    const float *attention_norm, *mlp_norm;  // [hidden]; attention_norm NULL: none
     const float *q_norm, *k_norm;            // [head_dim] or NULL
     pl_linear qkv;                           // q heads, k heads, v heads
     pl_linear output;
@@ -46,12 +46,15 @@ typedef struct {
     float eps, rope_scale;
     const float *inv_freq;     // [head_dim / 2]
     const void *embedding;     // [token ids][hidden]
-    const float *final_norm;   // [hidden]
+    const float *final_norm;   // [hidden], or NULL: none
     const pl_layer *layers;
     pl_linear head;            // one row per logit
     const int32_t *vocab_ids;  // [head.out] token id of each head row, or NULL: the row itself; for pl_draft_greedy only
     uint8_t *kv;               // blocks of block_bytes; in a block, per layer: K then V,
     int64_t block_bytes;       // K [kv_head][block_tokens / 16][head_dim][16], V [kv_head][block_tokens][head_dim]
+    int64_t state_offset;      // bytes from a block's start to its states [block_tokens][hidden] in kv_format, or -1:
+                               // every row's state (what the head reads) is kept there for a draft that reads states
+    pl_linear fc;              // out 0: none. A draft that reads states: its blocks get fc([embedding, feature])
 } pl_model;
 
 typedef struct {
@@ -64,6 +67,8 @@ typedef struct {
     const int32_t *tables;      // block numbers
     const int32_t *wanted_rows; // [wanted]
     float *logits;              // [wanted][head.out]
+    const float *features;      // [rows][hidden] if the model has an fc
+    float *states;              // [wanted][hidden] out, after the final norm; or NULL
 } pl_batch;
 
 // Which sequences of a batch draft, in the order of its wanted rows (one per drafting sequence, its last).
@@ -88,9 +93,14 @@ PL_API void pl_pool_destroy(pl_pool *pool);
 PL_API int32_t pl_forward(const pl_model *model, const pl_batch *batch, pl_pool *pool, int32_t isa);
 
 // Drafts greedily: runs the batch, then one row per drafting sequence and forward until all lengths are reached. K and V
-// of all but each sequence's last draft token are written. Returns as pl_forward.
+// of all but each sequence's last draft token are written. A draft with an fc gets the batch's features from the caller;
+// later rows read the state of the row before. Returns as pl_forward.
 PL_API int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_draft *draft, pl_pool *pool,
                                int32_t isa);
+
+// States that forwards of a model with a state_offset kept: out fp32 [rows][hidden]. Of the batch only rows, sequences,
+// first_row, count, start and the tables count; a start may be -1: zeros stand before the first position.
+PL_API void pl_read_states(const pl_model *model, const pl_batch *batch, float *out);
 
 // One linear on its own, for tests and benches: x fp32 [rows][in] -> y fp32 [rows][out].
 PL_API int32_t pl_linear_forward(const pl_linear *linear, const float *x, int32_t rows, float *y, pl_pool *pool, int32_t isa);

@@ -51,6 +51,22 @@ static void prepare_row(const float *x, const float *weight, float eps, const pl
     }
 }
 
+static void store_state(const float *x, const float *weight, float eps, int n, int32_t format, void *out) {
+    const float scale = weight ? rms_scale(x, eps, n) : 1.0f;
+    for (int i = 0; i < n; i += 16) {
+        const int width = n - i < 16 ? n - i : 16;
+        float lanes[16] = {};
+        for (int j = 0; j < width; j++) lanes[j] = weight ? x[i + j] * scale * weight[i + j] : x[i + j];
+        if (format == PL_FP32) {
+            std::memcpy((float *)out + i, lanes, width * sizeof(float));
+        } else {
+            uint16_t half[16];
+            store_bf16(half, load(lanes));
+            std::memcpy((uint16_t *)out + i, half, width * sizeof(uint16_t));
+        }
+    }
+}
+
 // Rotate-half: cos, sin [head_dim / 2].
 static void rotate(float *head, const float *cos, const float *sin, int head_dim) {
     const int half = head_dim / 2;

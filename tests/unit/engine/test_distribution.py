@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from campaign import size
-from engines import request, submit, table_engine
+from engines import Recorder, request, run, submit, table_engine
 from statistics_helpers import Floats, joint_chi_square, joint_counts, joint_probabilities
 
 import paceline.server.decoding.verify as verify_module
@@ -76,11 +76,18 @@ def p_value(
     samples: int = SAMPLES,
     seeded: bool = False,
     draft_ids: Sequence[int] | None = None,
+    reads_states: bool = False,
 ) -> float:
     target, draft_table = tables()
     sampling: dict[str, Any] = {"temperature": 1.0, **WARPINGS[warping]}
     engine = table_engine(
-        target, draft_table, max_draft_tokens=length, rule=rule, seed=length, draft_ids=draft_ids
+        target,
+        draft_table,
+        max_draft_tokens=length,
+        rule=rule,
+        seed=length,
+        draft_ids=draft_ids,
+        reads_states=reads_states,
     )
     wish = SpeculationParams(draft=draft)
     requests = [
@@ -131,6 +138,26 @@ def test_a_restricted_draft_keeps_the_distribution(draft_ids, rule, warping, rec
     p = p_value(length=3, rule=rule, warping=warping, draft_ids=draft_ids)
     record_property("p", f"{p:.4f}")
     assert p > PASSES
+
+
+@pytest.mark.parametrize("draft_ids", [None, (0, 2, 5)])
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_draft_that_reads_states_keeps_the_distribution(draft_ids, rule, record_property: Record):
+    p = p_value(length=3, rule=rule, draft_ids=draft_ids, reads_states=True)
+    record_property("p", f"{p:.4f}")
+    assert p > PASSES
+
+
+def test_a_draft_that_reads_states_reads_the_right_ones():
+    """It is the target itself, with the token before from the features: not one proposal is rejected."""
+    target, _ = tables()
+    recorder = Recorder()
+    engine = table_engine(target, target, max_draft_tokens=3, reads_states=True, observer=recorder)
+    asked = [request(PROMPT[:n], max_tokens=40, temperature=t, n=4) for n in (1, 6) for t in (0.0, 1.0)]
+    run(engine, *asked)
+    drafted = sum(n for step in recorder.steps for n in step.drafted_per_block)
+    assert drafted > 300
+    assert sum(n for step in recorder.steps for n in step.accepted_per_block) == drafted
 
 
 def _residual_from_p(p, q, accepted, scale):
