@@ -88,7 +88,7 @@ class TokenShards:
         prompts = tensors["prompt_tokens"].tolist()
         return [
             TokenSequence(tuple(tokens[start:end]), count)
-            for start, end, count in zip(ends, ends[1:], prompts, strict=True)
+            for start, end, count in zip(ends[:-1], ends[1:], prompts, strict=True)
         ]
 
 

@@ -20,6 +20,8 @@ from paceline.server.errors import ConfigError
 
 #: Unless the recipe says otherwise.
 DEFAULT_SECONDS = 20 * 60.0
+#: What a resumed job may have otherwise than before.
+_CHANGEABLE = ("max_time", "max_tokens", "max_steps", "patience", "threads")
 #: Packaged recipes, by name.
 _RECIPES = files("paceline.draftmodels.distill").joinpath("recipes")
 
@@ -55,7 +57,12 @@ class Recipe:
     )
     temperature: float = key_field("Sampling temperature of answers; 0 is greedy.", 1.0, low=0)
     answer_tokens: int = key_field("Longest answer, tokens.", 128, low=1)
-    prompt_tokens: int = key_field("Longest prompt, tokens; longer ones keep their end.", 256, low=1)
+    prompt_tokens: int = key_field("Longest prompt, tokens; longer ones are left out.", 256, low=1)
+    self_prompts: int = key_field(
+        "How many prompts the target writes (prompts self); used again, with new answers, when all were used.",
+        1024,
+        low=1,
+    )
     round_prompts: int = key_field("Prompts answered per round.", 64, low=1)
     reuse: int = key_field("How many rounds each answer is trained in.", 2, low=1)
     loss: str = key_field("Distance: fkl, rkl, jsd, jsd:BETA, tvd, lk, lk-hybrid, or ce (hard labels).", "fkl")
@@ -160,6 +167,31 @@ def load_recipe(path: str | None, flags: Mapping[str, object]) -> Recipe:
     return recipe
 
 
+def resumed_recipe(saved: Mapping[str, Any], flags: Mapping[str, object], where: str) -> Recipe:
+    """The recipe that a run was started with; flags may change only what does not change its course.
+
+    Raises:
+        ConfigError: a flag that asks for another job, or a recipe of another version.
+    """
+    try:
+        before = Recipe(**saved)
+    except TypeError as error:
+        raise ConfigError(f"{where} is not a recipe of this version: {error}") from None
+    values = dict(saved)
+    for key in recipe_keys():
+        if (given := flags.get(key.param)) is None:
+            continue
+        value = convert(key, given, key.flag, text=True)
+        if value != getattr(before, key.name) and key.name not in _CHANGEABLE:
+            raise ConfigError(
+                f"{key.flag}: the run was started with {getattr(before, key.name)}; leave it out, or start a new run"
+            )
+        values[key.name] = value
+    recipe = Recipe(**values)
+    _check(recipe, {name: f"--{name.replace('_', '-')}" for name in _CHANGEABLE})
+    return recipe
+
+
 def _read(path: str) -> dict[str, Any]:
     packaged = _RECIPES.joinpath(f"{path}.toml") if "/" not in path and "." not in path else None
     try:
@@ -188,6 +220,8 @@ def _check(recipe: Recipe, places: Mapping[str, str]) -> None:
     _check_init(recipe, places, refuse)
     if recipe.source != "mixed":
         refuse("lambda_", f'only source "mixed" has a share of the draft, and source is "{recipe.source}"')
+    if recipe.prompts != "self":
+        refuse("self_prompts", f"prompts come from {recipe.prompts}")
     if recipe.source == "fixed":
         if recipe.prompts == "self":
             raise ConfigError('source "fixed" trains on the answers of a file; name it with --prompts FILE')

@@ -17,11 +17,19 @@ from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.modules import Draft, FeatureDraft, IndependentDraft
 from paceline.server.errors import ConfigError
 from paceline.server.models.checkpoint import Checkpoint
-from paceline.server.models.config import EMBEDDING, HEAD, ModelConfig, parse_model_config, restricted
+from paceline.server.models.config import (
+    EMBEDDING,
+    FC,
+    FINAL_NORM,
+    FIRST_NORM,
+    HEAD,
+    READS_STATE,
+    ModelConfig,
+    parse_model_config,
+    restricted,
+)
 from paceline.server.models.native_form import NativeCheckpoint, draft_vocab, head_name
 
-#: config.json of a feature-reading draft says so under this key.
-READS_STATE = "reads_target_state"
 _RANDOM_STD = 0.02
 
 
@@ -49,7 +57,6 @@ class _Plan:
     vocab_ids: Tensor | None
     tensors: dict[str, Tensor]  # found ones; others start at random
     from_target: tuple[str, ...]  # of EMBEDDING, HEAD: those that are the target's own
-    reads_state: bool = False
 
 
 def own_vocab(recipe: Recipe, target: Checkpoint) -> tuple[bool, Tensor | None]:
@@ -90,7 +97,7 @@ def new_draft(recipe: Recipe, target: Checkpoint, vocab_ids: Tensor | None) -> N
     if tied and (embedding or head) and (embedding != head or vocab_ids is not None):
         plan.hf["tie_word_embeddings"] = tied = False
     config = restricted(parse_model_config(plan.hf, where=recipe.init), plan.vocab_ids)
-    draft = _module(recipe, plan, config, embedding, head)
+    draft = _module(recipe, config, embedding, head)
     _fill(draft, plan.tensors, recipe.seed)
     trained = {EMBEDDING: embedding, HEAD: head or tied}
     shared = tuple(name for name in plan.from_target if not trained[name])
@@ -101,8 +108,8 @@ def _chosen(wanted: bool | None, at_random: bool) -> bool:
     return at_random if wanted is None else wanted
 
 
-def _module(recipe: Recipe, plan: _Plan, config: ModelConfig, embedding: bool, head: bool) -> Draft:
-    if plan.reads_state:
+def _module(recipe: Recipe, config: ModelConfig, embedding: bool, head: bool) -> Draft:
+    if config.reads_state:
         if embedding:
             raise ConfigError("train_embedding: a draft that reads the target's state keeps the target's embedding")
         return FeatureDraft(config, steps=recipe.steps(reads_state=True), train_head=head)
@@ -127,7 +134,7 @@ def _plan(recipe: Recipe, target: Checkpoint, ids: Tensor | None) -> _Plan:
 def _cut(layers: Sequence[int], target: Checkpoint, ids: Tensor | None) -> _Plan:
     check_layers(layers, target.hf_config["num_hidden_layers"], str(target.path.name))
     hf = cut_config(target.hf_config, layers)
-    tensors = {"model.norm.weight": target.tensor("model.norm.weight")}
+    tensors = {FINAL_NORM: target.tensor(FINAL_NORM)}
     for new, old in enumerate(layers):
         tensors |= _layer(target, old, new)
     return _Plan(hf, ids, tensors | _outside(target, ids), _shareable(target))
@@ -140,12 +147,12 @@ def _feature(recipe: Recipe, target: Checkpoint, ids: Tensor | None) -> _Plan:
     tensors = _outside(target, ids)
     for new, old in enumerate(source):
         layer = _layer(target, old, new)
-        layer.pop("model.layers.0.input_layernorm.weight", None)
+        layer.pop(FIRST_NORM, None)
         tensors |= layer
     hidden = int(hf["hidden_size"])
     # The state passes, the embedding adds nothing yet: the block's first input is what the target's head reads.
-    tensors["model.fc.weight"] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), 1)
-    return _Plan({**hf, READS_STATE: True}, ids, tensors, _shareable(target), reads_state=True)
+    tensors[FC] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), 1)
+    return _Plan({**hf, READS_STATE: True}, ids, tensors, _shareable(target))
 
 
 def _block_source(recipe: Recipe, count: int, total: int) -> range:
@@ -208,9 +215,7 @@ def _existing(reference: str, target: Checkpoint, ids: Tensor | None) -> _Plan:
     head = checkpoint.tensor(HEAD if has_ids else head_name(checkpoint))
     tensors[HEAD] = head if has_ids or ids is None else head[ids.long()]
     shared = checkpoint.manifest.shared_with_target if isinstance(checkpoint, NativeCheckpoint) else ()
-    if "model.fc.weight" in tensors:
-        tensors.pop("model.layers.0.input_layernorm.weight", None)
-    return _Plan(hf, ids, tensors, tuple(shared), reads_state=bool(hf.get(READS_STATE)))
+    return _Plan(hf, ids, tensors, tuple(shared))
 
 
 def _open(reference: str, target: Checkpoint) -> Checkpoint:

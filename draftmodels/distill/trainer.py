@@ -79,6 +79,7 @@ class Parts:
 
     Attributes:
         export: writes the draft as it is to a folder, with measured figures.
+        threads: for torch while it trains.
     """
 
     text: TextSource
@@ -86,6 +87,7 @@ class Parts:
     judge: Judge
     progress: Progress
     export: Callable[[Path, Sequence[Mapping[str, Any]]], None]
+    threads: int
     ranks: Ranks = Ranks()
     clock: Callable[[], float] = time.monotonic
 
@@ -126,10 +128,10 @@ class Trainer:
         if self.state.step == 0:
             self._measure()
             self._save()
-        while not self._over():
+        while not self._stop():
             self._train_round()
-            if self._interrupted:
-                raise KeyboardInterrupt
+        if self._interrupted:
+            raise KeyboardInterrupt
         if not self.state.measured or self.state.measured[-1]["step"] != self.state.step:
             self._measure()
             self._save()
@@ -144,7 +146,7 @@ class Trainer:
         with self._training():
             for batch in batches[self.state.round_step :]:
                 self._step([pool[i] for i in self._parts.ranks.mine(batch)])
-                if self._interrupted or self._over():
+                if self._stop():
                     self._save()
                     return
                 if self._clock() - self._saved_at > CHECKPOINT_SECONDS:
@@ -276,10 +278,12 @@ class Trainer:
             save_checkpoint(self._run, self.state, self._parameters, self._optimizer, self._new.vocab_ids)
         self._saved_at = self._clock()
 
-    def _over(self) -> bool:
-        """Whether to stop; the main rank decides, as clocks differ."""
+    def _stop(self) -> bool:
+        """Whether to stop; the main rank decides, as clocks and signals differ."""
         taus = [figures["tau"] for figures in self.state.measured]
-        return self._parts.ranks.from_main(self._used() >= 1 or self._recipe.stopping.exhausted(taus))
+        over = self._used() >= 1 or self._recipe.stopping.exhausted(taus)
+        over, self._interrupted = self._parts.ranks.from_main((over, self._interrupted))
+        return over or self._interrupted
 
     def _used(self) -> float:
         state = self.state
@@ -300,7 +304,7 @@ class Trainer:
     def _training(self) -> Iterator[None]:
         """All cores for torch, which the engine leaves one thread; Ctrl-C waits for the end of a step."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(self._recipe.threads or threads)
+        torch.set_num_threads(self._parts.threads)
 
         def interrupt(number: int, frame: FrameType | None) -> None:
             if self._interrupted:
