@@ -57,9 +57,7 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
     return prompts
 
 
-def split_held_out(
-    prompts: Sequence[Prompt], held_out: int, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
+def split_held_out(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Divide prompts into those to train on and those to measure with, each in the given order.
 
     Which side a prompt is on depends on its tokens, so that equal prompts are on one side; a held-out one is measured
@@ -98,7 +96,9 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 try:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+                    raise DataError(
+                        f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+                    ) from error
                 if line:
                     yield where, line
     except OSError as error:
@@ -124,7 +124,9 @@ def _parsed(line: str, tokenizer: Tokenizer, where: str) -> Prompt:
     else:
         messages, last = _conversation(entry["messages"], where)
         if last is not None and answer is not None:
-            raise DataError(f"{where}: messages end with the assistant's answer, so there cannot be another one")
+            raise DataError(
+                f"{where}: messages end with the assistant's answer, so there cannot be another one"
+            )
         tokens, answer = _templated(messages, tokenizer, where), last if answer is None else answer
     return Prompt(tokens, _ended(answer, tokenizer), _category(entry, where))
 
@@ -147,7 +149,8 @@ def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, wher
 def _conversation(value: Any, where: str) -> tuple[list[Mapping[str, Any]], str | None]:
     """Messages up to the one to be answered, and the answer if the assistant has the last word."""
     good = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
     )
     if not good or not value:
         raise DataError(f"{where}: messages must be a list of objects with role and content, both texts")

@@ -70,7 +70,9 @@ def self_prompts(
     stops = frozenset((*turn.after[:1], *tokenizer.eos_ids))
     room = max_prompt_tokens - len(turn.before)
     if room < 2:
-        raise ConfigError(f"max_prompt_tokens {max_prompt_tokens} leaves no room after the template's own tokens")
+        raise ConfigError(
+            f"max_prompt_tokens {max_prompt_tokens} leaves no room after the template's own tokens"
+        )
     found: dict[str, Prompt] = {}
     sampled = 0
     while len(found) < count:

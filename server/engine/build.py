@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import LANES
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
+from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
@@ -68,16 +69,18 @@ class Parts:
 
     @property
     def reads_states(self) -> bool:
+        """Whether the draft reads the target's states, which are kept for it then."""
         return self.draft is not None and self.draft.config.reads_state
 
     @property
     def target_shape(self) -> MemberShape:
+        """The target as the KV arena sees it."""
         key = f"{self.target.key}/states" if self.reads_states else self.target.key
         return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
 
     @property
     def draft_shape(self) -> MemberShape | None:
-        """The KV of a draft that reads states depends on whose they are."""
+        """The draft as the KV arena sees it, if there is one; KV that follows from states depends on whose they are."""
         if self.draft is None:
             return None
         key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
@@ -85,6 +88,7 @@ class Parts:
 
     @property
     def members(self) -> list[tuple[MemberShape, LoadedModel]]:
+        """Everything that stores KV."""
         pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
         return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
 
@@ -112,6 +116,10 @@ class Wiring:
             max_running=self.config.max_running,
         )
         return Engine(self.served, blocks, scheduler, observer, seed=seed, examiner=examiner)
+
+    def with_rule(self, rule: Rule) -> "Wiring":
+        """The same models and memory, with another rule of verification for unseeded sampling."""
+        return replace(self, served={name: replace(model, rule=rule) for name, model in self.served.items()})
 
 
 def build_native(
@@ -248,9 +256,7 @@ def _same_tokenizer_files(path: Path, other: Path) -> bool:
     return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
-def _serve(
-    parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig
-) -> ServedModel:
+def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
@@ -312,9 +318,7 @@ def _fingerprint(key: str) -> str:
 def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.device) -> int:
     if engine.kv_cache_gib is not None:
         return int(engine.kv_cache_gib * 2**30)
-    wanted = sum(
-        _AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members
-    )
+    wanted = sum(_AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))
 
