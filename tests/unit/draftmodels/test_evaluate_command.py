@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from conftest import TinyCheckpoint
 from native_drafts import write_draft, write_near_feature_draft
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from paceline.clients import console
 from paceline.draftmodels.cut import cut_draft

@@ -1,20 +1,22 @@
 """The engine's seam for offline measurement: which blocks are shown, with which p and q."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from engines import NO_DRAFT, request, run, table_engine
+from statistics_helpers import Floats
 from torch import Tensor
 
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
 from paceline.server.decoding.verify import DraftBlock
-from paceline.server.engine.request import Request, SpeculationStats
+from paceline.server.engine.request import Request, SpeculationStats, TokenEvent
 
 VOCAB, LENGTH = 6, 3
 TOKENS = 40
 
 
-def table(seed: int) -> np.ndarray:
+def table(seed: int) -> Floats:
     """Logits that depend on the current token alone, so that a block's own tokens say what p and q were."""
     rows = np.random.default_rng(seed).normal(0, 1.5, (VOCAB, VOCAB))
     return np.broadcast_to(rows, (VOCAB, VOCAB, VOCAB)).copy()
@@ -23,15 +25,17 @@ def table(seed: int) -> np.ndarray:
 TARGET, DRAFT = table(0), table(1)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: Floats) -> Floats:
     weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+    result: Floats = weights / weights.sum(-1, keepdims=True)
+    return result
 
 
-def overlap(temperature: float) -> np.ndarray:
+def overlap(temperature: float) -> Floats:
     """sum_v min(p, q) after each current token, float64 [V]."""
     p, q = softmax(TARGET[0] / temperature), softmax(DRAFT[0] / temperature)
-    return np.minimum(p, q).sum(-1)
+    result: Floats = np.minimum(p, q).sum(-1)
+    return result
 
 
 @dataclass
@@ -58,8 +62,10 @@ class Keeper:
         self.figures.on_block(request, source, block, accepted, scores)
 
 
-def stats_of(events: list) -> SpeculationStats:
-    return events[-1].speculation
+def stats_of(events: list[TokenEvent]) -> SpeculationStats:
+    stats = events[-1].speculation
+    assert stats is not None
+    return stats
 
 
 def test_every_verified_block_is_shown_with_the_distributions_of_its_own_positions() -> None:
@@ -161,7 +167,7 @@ def test_what_is_unknown_or_not_wanted_is_not_computed() -> None:
 
 
 def test_an_examiner_changes_no_output() -> None:
-    asked = {"max_tokens": TOKENS, "temperature": 1.0}
+    asked: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 1.0}
     texts = []
     for examiner in (None, Keeper()):
         engine = table_engine(TARGET, DRAFT, max_draft_tokens=LENGTH, examiner=examiner)
