@@ -12,7 +12,6 @@ target's distribution, q the one the draft tokens were really drawn from. Knows 
 draft model.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from paceline.server.decoding.lenience import Lenience, match_likely
 from paceline.server.decoding.rows import Row, is_greedy, is_seeded, is_unseeded
 from paceline.server.decoding.sampler import draw, random_uniforms, sample
 
 Rule = Literal["token", "block"]
-LenienceForm = Literal["exp", "lin", "sq"]
 _Group = Literal["coupled", "sampled", "lenient greedy", "lenient sampled"]
 #: p, q, drafts and lengths of ``verify_token``; with uniforms they are what a rule gets.
 _Padded = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -46,18 +45,6 @@ class DraftBlock:
 
     token_ids: tuple[int, ...]
     probs: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Lenience:
-    """How far acceptance may leave exactness, with e in (0, 1] per block; 1 is exact.
-
-    Sampled: accepted with probability min(1, f(p(y), e) / q(y)), f = p^e ("exp"), p / e ("lin") or p / e^2 ("sq").
-    Greedy: accepted if p1(y) >= e max p1, p1 the softmax at temperature 1 after bias, penalties and masks.
-    """
-
-    values: Sequence[float]
-    form: LenienceForm = "exp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +91,7 @@ def verify(
         verdicts.update(zip(chosen, map(match_prefix, outputs, drafts), strict=True))
     for i in groups["lenient greedy"]:
         span = scores[starts[i] : starts[i] + sizes[i]]
-        verdicts[i] = match_likely(span, blocks[i].token_ids, values[i])
+        verdicts[i] = Verdict(*match_likely(span, blocks[i].token_ids, values[i]))
     if chosen := groups["sampled"]:
         padded = _pad(scores, [starts[i] for i in chosen], [blocks[i] for i in chosen])
         verdicts.update(zip(chosen, _draw_verdicts(_RULES[rule], padded, generator), strict=True))
@@ -148,25 +135,6 @@ def match_prefix(outputs: Sequence[int], drafts: Sequence[int]) -> Verdict:
     while accepted < len(drafts) and outputs[accepted] == drafts[accepted]:
         accepted += 1
     return Verdict(accepted, outputs[accepted])
-
-
-def match_likely(scores: Tensor, drafts: Sequence[int], value: float) -> Verdict:
-    """Greedy verification with lenience: a draft token is accepted if it is at least ``value`` times as likely as the
-    likeliest one.
-
-    Args:
-        scores: fp32 [K + 1, V], which are the logits of temperature 1 for greedy choices.
-        drafts: the K draft tokens.
-        value: e in (0, 1].
-    """
-    best = scores.max(dim=1)
-    accepted = 0
-    while accepted < len(drafts):
-        behind = best.values[accepted] - scores[accepted, drafts[accepted]]
-        if math.exp(-float(behind)) < value:
-            break
-        accepted += 1
-    return Verdict(accepted, int(best.indices[accepted]))
 
 
 def verify_token(
@@ -249,8 +217,7 @@ def _ratios(p: Tensor, q: Tensor, drafts: Tensor, lenience: Lenience | None = No
     at = drafts.unsqueeze(2)
     p_drafts = p[:, :-1].gather(2, at).squeeze(2).double()
     if lenience is not None:
-        values = torch.tensor(lenience.values, dtype=torch.float64, device=p.device).unsqueeze(1)
-        p_drafts = _LENIENT[lenience.form](p_drafts, values)
+        p_drafts = lenience.apply(p_drafts)
     q_drafts = q.gather(2, at).squeeze(2).double()
     return torch.where(q_drafts > 0, p_drafts / q_drafts, 0.0)
 
@@ -311,8 +278,3 @@ def _pad(scores: Tensor, starts: Sequence[int], blocks: Sequence[DraftBlock]) ->
 
 
 _RULES: Mapping[Rule, _Check] = {"token": verify_token, "block": verify_block}
-_LENIENT: Mapping[LenienceForm, Callable[[Tensor, Tensor], Tensor]] = {
-    "exp": torch.pow,
-    "lin": torch.div,
-    "sq": lambda p, e: p / e**2,
-}

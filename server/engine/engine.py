@@ -14,7 +14,8 @@ from torch import Tensor
 
 from paceline.server.decoding.logprobs import token_logprobs
 from paceline.server.decoding.sampler import process
-from paceline.server.decoding.verify import DraftBlock, Lenience, Verdict, match_prefix, verify
+from paceline.server.decoding.lenience import Lenience
+from paceline.server.decoding.verify import DraftBlock, Verdict, match_prefix, verify
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, FinishedReason, Load, RequestStats, StepStats

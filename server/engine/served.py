@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS, Candidate, Decision, Policy, StepWork
-from paceline.server.decoding.verify import DraftBlock, LenienceForm, Rule
+from paceline.server.decoding.lenience import LenienceForm
+from paceline.server.decoding.verify import DraftBlock, Rule
 from paceline.server.engine.interface import ModelInfo, check_lenience
 from paceline.server.engine.proposers import EMPTY_BLOCK, NGRAM, DraftWork, Proposer
 from paceline.server.engine.request import Request, SpeculationParams
