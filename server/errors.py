@@ -6,6 +6,7 @@
      |    |-- ModelNotFoundError   a model reference that names nothing
      |    |-- UnsupportedModelError  an architecture or format that the native engine does not run
      |    |-- ArtifactError        a checkpoint or manifest that is broken or does not fit
+     |    |-- DataError            prompts or token files that cannot be read or used
      |    `-- DownloadError        no source delivered the file
      |         `-- ChecksumError   a source delivered other bytes than the pinned SHA-256
      |-- RequestError              what an API client can mend (4xx)
@@ -50,6 +51,10 @@ class UnsupportedModelError(UserError):
 
 class ArtifactError(UserError):
     """A checkpoint, tokenizer or manifest that is broken or does not fit its use."""
+
+
+class DataError(UserError):
+    """Prompts or token files that cannot be read or used; the message names file and line where there are such."""
 
 
 class DownloadError(UserError):

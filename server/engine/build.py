@@ -1,11 +1,12 @@
 """Configuration -> engine: resolves references, loads weights, sizes the KV arena, wires the served models."""
 
+import filecmp
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,8 +17,10 @@ from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import LANES
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
+from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
+from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
 from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -40,16 +43,19 @@ _AUTO_MEMORY_SHARE = 0.25
 _T = TypeVar("_T")
 
 
-def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngine:
+def build_engine(
+    config: PacelineConfig, observer: EngineObserver, examiner: Examiner | None = None
+) -> NativeEngine:
     """An engine that loads when started; ``config`` must be resolved (device and threads not "auto")."""
     return NativeEngine(
-        lambda: build_native(config, observer), max_queued_requests=config.server.max_queued_requests
+        lambda: build_native(config, observer, examiner),
+        max_queued_requests=config.server.max_queued_requests,
     )
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """One served model's loaded pieces."""
+class Parts:
+    """One served model's loaded pieces; ``target`` is what is served."""
 
     spec: ModelSpec
     tokenizer: Tokenizer
@@ -57,17 +63,24 @@ class _Parts:
     draft: LoadedModel | None
 
     @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache that one token takes, all members together."""
+        return sum(shape.bytes_per_token for shape, _ in self.members)
+
+    @property
     def reads_states(self) -> bool:
+        """Whether the draft reads the target's states, which are kept for it then."""
         return self.draft is not None and self.draft.config.reads_state
 
     @property
     def target_shape(self) -> MemberShape:
+        """The target as the KV arena sees it."""
         key = f"{self.target.key}/states" if self.reads_states else self.target.key
         return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
 
     @property
     def draft_shape(self) -> MemberShape | None:
-        """The KV of a draft that reads states depends on whose they are."""
+        """The draft as the KV arena sees it, if there is one; KV that follows from states depends on whose they are."""
         if self.draft is None:
             return None
         key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
@@ -75,52 +88,99 @@ class _Parts:
 
     @property
     def members(self) -> list[tuple[MemberShape, LoadedModel]]:
+        """Everything that stores KV."""
         pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
         return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
 
 
-def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
+@dataclass(frozen=True)
+class Wiring:
+    """Served models over one KV arena, ready to be stepped; every engine made of it starts with an empty cache."""
+
+    served: Mapping[str, ServedModel]
+    num_blocks: int
+    config: EngineConfig
+
+    def engine(self, observer: EngineObserver, *, seed: int, examiner: Examiner | None = None) -> Engine:
+        """An engine over the wired models; one at a time, as they share the KV memory.
+
+        Args:
+            seed: of the generator for unseeded sampling.
+            examiner: shown every verified block.
+        """
+        blocks = KvBlocks(self.num_blocks, prefix_caching=self.config.prefix_caching)
+        scheduler = Scheduler(
+            self.served,
+            blocks,
+            max_batch_tokens=self.config.max_batch_tokens,
+            max_running=self.config.max_running,
+        )
+        return Engine(self.served, blocks, scheduler, observer, seed=seed, examiner=examiner)
+
+    def with_rule(self, rule: Rule) -> "Wiring":
+        """The same models and memory, with another rule of verification for unseeded sampling."""
+        return replace(self, served={name: replace(model, rule=rule) for name, model in self.served.items()})
+
+
+def build_native(
+    config: PacelineConfig, observer: EngineObserver, examiner: Examiner | None = None
+) -> BuiltEngine:
     """Load everything and wire it; blocks for as long as that takes.
 
     Raises:
         UserError: a model that cannot be found or loaded, a draft that does not fit, too little memory for KV.
     """
-    device = torch.device(config.engine.device)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    pool = Pool(config.engine.threads or 1) if kernels_wanted(config.engine.device) else None
+    loader = make_loader(config.engine)
+    wiring = wire([load_parts(spec, loader) for spec in config.models], config.engine, loader)
+    seed = int.from_bytes(os.urandom(7), "big")
+    engine = wiring.engine(observer, seed=seed, examiner=examiner)
+    return BuiltEngine(engine, {name: model.info for name, model in wiring.served.items()})
+
+
+def make_loader(engine: EngineConfig) -> ModelLoader:
+    """A loader for the device, with the threads that its models will run on; ``engine`` must be resolved.
+
+    Raises:
+        ConfigError: a block size that the CPU kernels cannot use.
+    """
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    pool = Pool(engine.threads or 1) if kernels_wanted(engine.device) else None
     if pool is not None:  # one thread pool at work at a time: torch's own would spin beside the kernels'
         torch.set_num_threads(1)
-        if config.engine.block_size % LANES:
+        if engine.block_size % LANES:
             raise ConfigError(
-                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {config.engine.block_size}"
+                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {engine.block_size}"
             )
-    loader = ModelLoader(device, pool)
-    parts = [_load(spec, loader) for spec in config.models]
+    return ModelLoader(torch.device(engine.device), pool)
+
+
+def wire(parts: Sequence[Parts], engine: EngineConfig, loader: ModelLoader) -> Wiring:
+    """Put models over one KV arena.
+
+    Args:
+        parts: everything that is served; what they share is wired once.
+        loader: that loaded them.
+    """
     members = {shape.key: (shape, loaded) for p in parts for shape, loaded in p.members}
     shapes = [shape for shape, _ in members.values()]
     arena = KvArena(
         shapes,
-        block_size=config.engine.block_size,
-        total_bytes=_kv_bytes(config.engine, shapes, device),
-        device=device,
+        block_size=engine.block_size,
+        total_bytes=_kv_bytes(engine, shapes, loader.device),
+        device=loader.device,
     )
-    runners = {key: _runner(loaded, shape, arena, pool) for key, (shape, loaded) in members.items()}
-    served = {p.spec.name: _serve(p, runners, config.engine) for p in parts}
-    blocks = KvBlocks(arena.num_blocks, prefix_caching=config.engine.prefix_caching)
-    scheduler = Scheduler(
-        served,
-        blocks,
-        max_batch_tokens=config.engine.max_batch_tokens,
-        max_running=config.engine.max_running,
-    )
-    engine = Engine(served, blocks, scheduler, observer, seed=int.from_bytes(os.urandom(7), "big"))
-    return BuiltEngine(engine, {name: model.info for name, model in served.items()})
+    runners = {
+        key: make_runner(loaded, shape, arena, loader.pool) for key, (shape, loaded) in members.items()
+    }
+    served = {p.spec.name: _serve(p, runners, engine) for p in parts}
+    return Wiring(served, arena.num_blocks, engine)
 
 
-def _runner(
+def make_runner(
     member: LoadedModel, shape: MemberShape, arena: KvArena, pool: Pool | None
 ) -> TorchRunner | CpuRunner:
+    """What runs a member over its part of an arena; ``pool`` is that of the loader that loaded it."""
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
         return TorchRunner(member.weights, layout, arena.views(shape), arena.states(shape))
@@ -130,7 +190,12 @@ def _runner(
     )
 
 
-def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
+def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
+    """Load what a served model consists of.
+
+    Raises:
+        UserError: a model that cannot be found or loaded, or a draft that does not fit.
+    """
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
     target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
@@ -143,12 +208,26 @@ def _load(spec: ModelSpec, loader: ModelLoader) -> _Parts:
         raise ConfigError(
             f"{path} reads the states of a target, so that it can only draft: serve its target and name it with --draft"
         )
-    return _Parts(spec, tokenizer, target, _load_draft(spec, target, tokenizer, loader))
+    return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader))
 
 
-def _load_draft(
-    spec: ModelSpec, target: LoadedModel, tokenizer: Tokenizer, loader: ModelLoader
+def load_draft(
+    spec: ModelSpec,
+    target: LoadedModel,
+    tokenizer: Tokenizer,
+    loader: ModelLoader,
+    *,
+    fleeting: bool = False,
 ) -> LoadedModel | None:
+    """Load the draft model that ``spec`` names, if it names one, and see that it fits the target.
+
+    Args:
+        tokenizer: the target's.
+        fleeting: see ``ModelLoader.load``.
+
+    Raises:
+        UserError: it cannot be found or loaded, or does not fit.
+    """
     reference = spec.speculation.draft
     if reference is None or reference == "ngram":
         return None
@@ -156,8 +235,12 @@ def _load_draft(
     manifest = read_manifest(path)
     if manifest is not None:
         check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
-    check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    draft = _timed(f"draft of {spec.name}", lambda: loader.load(path, spec.weights, target=target.path))
+    if not _same_tokenizer_files(path, target.path):
+        check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
+    draft = _timed(
+        f"draft of {spec.name}",
+        lambda: loader.load(path, spec.weights, target=target.path, fleeting=fleeting),
+    )
     if draft.config.reads_state and draft.config.hidden_size != target.config.hidden_size:
         raise ConfigError(
             f"{path} reads states of width {draft.config.hidden_size}, but those of {target.path} have "
@@ -166,9 +249,14 @@ def _load_draft(
     return draft
 
 
-def _serve(
-    parts: _Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig
-) -> ServedModel:
+def _same_tokenizer_files(path: Path, other: Path) -> bool:
+    """Whether two folders hold copies of one tokenizer, which spares loading it a second time."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    pairs = [(path / name, other / name) for name in names]
+    return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
+
+
+def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig) -> ServedModel:
     spec, target = parts.spec, parts.target
     proposers: dict[str, Proposer] = {}
     default = spec.speculation.draft
@@ -195,6 +283,7 @@ def _serve(
         max_draft_tokens=spec.speculation.max_draft_tokens,
         min_lenience=spec.speculation.min_lenience,
         system_fingerprint=_fingerprint(target.key),
+        weights_keys=tuple(loaded.key for _, loaded in parts.members),
     )
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(
@@ -207,7 +296,7 @@ def _serve(
     )
 
 
-def _context_length(parts: _Parts) -> int:
+def _context_length(parts: Parts) -> int:
     """The configured length, at most what every member was made for."""
     limit = min(shape.config.context_length for shape, _ in parts.members)
     wanted = parts.spec.context_length

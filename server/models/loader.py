@@ -55,20 +55,24 @@ class LoadedModel:
 class ModelLoader:
     """Loads models and remembers them, so that a checkpoint named twice is in memory once.
 
-    Args:
+    Attributes:
         device: where torch modules go.
         pool: threads of the CPU kernels; None runs torch modules.
+
+    Args:
         progress: where quantizing shows itself; None is a bar on a terminal and log lines elsewhere.
     """
 
     def __init__(
         self, device: torch.device, pool: Pool | None = None, *, progress: Progress | None = None
     ) -> None:
-        self._device, self._pool = device, pool
+        self.device, self.pool = device, pool
         self._progress = progress or default_progress()
         self._loaded: dict[tuple[Path, str, Path | None], LoadedModel] = {}
 
-    def load(self, path: Path, weights: Weights, *, target: Path | None = None) -> LoadedModel:
+    def load(
+        self, path: Path, weights: Weights, *, target: Path | None = None, fleeting: bool = False
+    ) -> LoadedModel:
         """Load a Hugging Face folder, a GGUF file or an artifact in native form.
 
         Args:
@@ -76,6 +80,8 @@ class ModelLoader:
                 where the device computes in it, else fp32. An artifact that is stored in int8 runs in int8 on the
                 CPU kernels whatever this says: other formats would read more bytes for the same values.
             target: for a draft, the model it drafts for; an artifact may take tensors from it.
+            fleeting: what is there will change (a draft in training): it is read anew each time, and not packed for
+                later starts.
 
         Raises:
             UnsupportedModelError: an architecture or format that the native engine does not run.
@@ -85,17 +91,19 @@ class ModelLoader:
         # Only an artifact depends on its target: a plain draft of two targets is loaded once.
         needed = target if is_native_form(path) else None
         key = (path.resolve(), weights, needed and needed.resolve())
+        if fleeting:
+            return self._read(path, weights, needed, fleeting=True)
         if key not in self._loaded:
-            self._loaded[key] = self._read(path, weights, needed)
+            self._loaded[key] = self._read(path, weights, needed, fleeting=False)
         return self._loaded[key]
 
-    def _read(self, path: Path, weights: Weights, target: Path | None) -> LoadedModel:
+    def _read(self, path: Path, weights: Weights, target: Path | None, *, fleeting: bool) -> LoadedModel:
         checkpoint = open_model(path, None if target is None else open_model(target))
         sha256 = checkpoint.weights_sha256()
         config = _known_config(checkpoint, sha256)
-        if self._pool is None:
-            return self._torch(checkpoint, config, sha256, weights, target)
-        packer = Packer(checkpoint, config, self._pool, self._progress, sha256)
+        if self.pool is None:
+            return self._torch(checkpoint, config, sha256, weights, target, fleeting)
+        packer = Packer(checkpoint, config, self.pool, self._progress, sha256, cached=not fleeting)
         weights = _draft_weights(checkpoint, config, weights)
         if weights != "auto":
             return self._native(packer, weights, ())
@@ -103,7 +111,8 @@ class ModelLoader:
         _log.info("weights auto: %s", decision)
         if decision.format == "mixed":
             return self._native(packer, "mixed", decision.kept)
-        return self.load(path, decision.format, target=target)  # shared with whoever names the format
+        # Shared with whoever names the format.
+        return self.load(path, decision.format, target=target, fleeting=fleeting)
 
     def _torch(
         self,
@@ -112,16 +121,18 @@ class ModelLoader:
         sha256: str,
         weights: Weights,
         target: Path | None,
+        fleeting: bool,
     ) -> LoadedModel:
         if weights == "int8":
             raise ConfigError(
                 "--weights int8 needs the native CPU kernels (see paceline info); use bf16 or fp32"
             )
         if weights == "auto":
-            computes_bf16 = self._device.type == "cuda" or Machine().cpu_computes_bf16
-            return self.load(checkpoint.path, "bf16" if computes_bf16 else "fp32", target=target)
+            computes_bf16 = self.device.type == "cuda" or Machine().cpu_computes_bf16
+            known: Weights = "bf16" if computes_bf16 else "fp32"
+            return self.load(checkpoint.path, known, target=target, fleeting=fleeting)
         dtype = DTYPES[weights]
-        fetch = CheckedTensors(checkpoint, config, dtype, self._device)
+        fetch = CheckedTensors(checkpoint, config, dtype, self.device)
         key = f"{sha256}/torch-{weights}"
         decoder = Decoder(config, fetch, vocab_ids=draft_vocab(checkpoint)).eval()
         return LoadedModel(key, checkpoint.path, config, dtype, decoder)

@@ -35,13 +35,21 @@ class Packer:
 
     Args:
         progress: where quantizing shows itself.
+        cached: whether packed weights are taken from the cache and put there; if not, quantizing shows nothing.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, pool: Pool, progress: Progress, sha256: str
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        pool: Pool,
+        progress: Progress,
+        sha256: str,
+        *,
+        cached: bool = True,
     ) -> None:
         self.checkpoint, self.config, self.pool = checkpoint, config, pool
-        self._progress, self.sha256 = progress, sha256
+        self._progress, self.sha256, self._cached = progress, sha256, cached
 
     def cache(self, format: PackedFormat) -> PackedCache:
         """The cache file of this checkpoint in a format."""
@@ -56,20 +64,24 @@ class Packer:
         if format in ("fp32", "bf16"):
             return self._pack(format)
         cache = self.cache(format)
-        plan = cache.load(self.config) if format == "int8" or cache.note(_KEPT) == list(kept) else None
+        fits = self._cached and (format == "int8" or cache.note(_KEPT) == list(kept))
+        plan = cache.load(self.config) if fits else None
         if plan is None:
             plan = self._pack("int8") if format == "int8" else mix(self.plan("int8"), self.plan("bf16"), kept)
             self.save(plan, format, {} if format == "int8" else {_KEPT: list(kept)})
         return plan
 
     def save(self, plan: DecoderPlan, format: PackedFormat, notes: Mapping[str, Any]) -> None:
-        """Cache a plan with notes and with the parsed configuration."""
+        """Cache a plan, if this checkpoint is cached, with notes and with the parsed configuration."""
+        if not self._cached:
+            return
         config = config_note.describe(self.checkpoint.hf_config, self.config)
         self.cache(format).save(plan, {CONFIG: config, **notes})
 
     def _pack(self, format: Format) -> DecoderPlan:
         label, size = f"quantizing {self.checkpoint.path.name} to int8", total_bytes(self.config)
-        shown = self._progress.task(label, size) if format == "int8" else nullcontext(lambda done: None)
+        quiet = format != "int8" or not self._cached
+        shown = nullcontext(lambda done: None) if quiet else self._progress.task(label, size)
         with shown as update:
             fetch = CheckedTensors(self.checkpoint, self.config, update=update)
             plan = PlanBuilder(self.config, fetch, self.pool, format, stored_int8=fetch.int8).build()

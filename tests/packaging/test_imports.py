@@ -23,6 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server": ("paceline.kernels",),
     "draftmodels": (
         "paceline.kernels",
+        "paceline.server.config",
         "paceline.server.models",
         "paceline.server.decoding",
         "paceline.server.engine",

@@ -1,0 +1,1 @@
+"""What drafts are trained on: prompts, token sequences, their files and their order. Everything follows from seeds."""

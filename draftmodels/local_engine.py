@@ -1,0 +1,355 @@
+"""The serving engine in this process, on the caller's thread: what writes training text and measures drafts.
+
+Nothing is modelled after it, it is the engine itself: loader, kernels, scheduler, verification. Every call steps a new
+engine with an empty cache over the same weights, so that its result is a function of its arguments alone, and the
+target stays loaded when the draft is swapped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from paceline.draftmodels.acceptance import Acceptance, BlockCounter, Commits
+from paceline.draftmodels.data.seeds import derive_seed
+from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.kernels.cpu.library import Pool
+from paceline.server.config import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig, resolve
+from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
+from paceline.server.decoding.verify import Rule
+from paceline.server.engine.build import Parts, Wiring, load_draft, load_parts, make_loader, wire
+from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
+from paceline.server.errors import ConfigError, DataError
+from paceline.server.models.config import ModelConfig
+from paceline.server.models.loader import LoadedModel
+
+Weights = Literal["auto", "fp32", "bf16", "int8"]
+#: Told (done, total) requests.
+Progress = Callable[[int, int], None]
+
+_NAME = "local"
+#: The KV cache has room for this many tokens of every stream; longer ones wait for each other.
+_TOKENS_PER_STREAM = 1024
+#: As good as 0: p^e is 1 for every p > 0 in float64, so that every proposed token is accepted.
+_TAKES_ALL = 1e-30
+#: Draft tokens per block where everything is accepted: nine in ten tokens are then the draft's.
+_LENIENT_BLOCK = 8
+_NO_DRAFT = SpeculationParams(enabled=False)
+
+
+class LocalEngine:
+    """A target, and the draft of the moment.
+
+    Args:
+        target: a model reference.
+        weights: format of the target. A draft runs in it too, or in int8 where this is "auto" and the CPU kernels run
+            it, as drafts are served.
+        draft: folder of the first draft; see ``use_draft``.
+        threads: None takes the physical cores.
+        streams: requests that run at the same time.
+        device: "auto" takes CUDA if there is one.
+        context_length: None is the target's own.
+
+    Raises:
+        UserError: a model that cannot be found or loaded, or a draft that does not fit.
+    """
+
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        weights: Weights = "auto",
+        draft: Path | None = None,
+        threads: int | None = None,
+        streams: int = 16,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        context_length: int | None = None,
+    ) -> None:
+        speculation = SpeculationConfig(
+            policy="fixed", ngram=False, max_draft_tokens=MAX_DRAFT_TOKENS, min_lenience=_TAKES_ALL
+        )
+        spec = ModelSpec(_NAME, str(target), weights, context_length, speculation)
+        engine = EngineConfig(device=device, threads=threads, max_running=streams)
+        config = resolve(PacelineConfig(engine=engine, models=(spec,)))
+        self._engine = config.engine
+        with _torch_threads(torch.get_num_threads()):  # making a loader changes it
+            self._loader = make_loader(config.engine)
+            self._target = load_parts(config.models[0], self._loader)
+        self._parts = self._target
+        self._wiring: Wiring | None = None
+        self._alone: Wiring | None = None
+        self.use_draft(draft)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The target's."""
+        return self._target.target.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The target's."""
+        return self._target.tokenizer
+
+    @property
+    def target(self) -> LoadedModel:
+        """The target's weights."""
+        return self._target.target
+
+    @property
+    def draft(self) -> LoadedModel | None:
+        """The draft's weights, if there is one."""
+        return self._parts.draft
+
+    @property
+    def pool(self) -> Pool | None:
+        """Threads of the CPU kernels; None where torch runs the models."""
+        return self._loader.pool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models run."""
+        return self._loader.device
+
+    @property
+    def streams(self) -> int:
+        """Requests that run at the same time."""
+        return self._engine.max_running
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, tokens: what target and draft both allow."""
+        return self._info.context_length
+
+    def use_draft(self, folder: Path | None) -> None:
+        """Serve with another draft, read anew from ``folder``, or with none; the target stays loaded.
+
+        Raises:
+            UserError: it cannot be loaded or does not fit; the draft is the old one then.
+        """
+        parts = self._target
+        if folder is not None:
+            speculation = replace(parts.spec.speculation, draft=str(folder))
+            weights = self._draft_weights(parts.spec.weights)
+            spec = replace(parts.spec, speculation=speculation, weights=weights)
+            with self.exclusive():
+                draft = load_draft(spec, parts.target, parts.tokenizer, self._loader, fleeting=True)
+            parts = replace(parts, spec=spec, draft=draft)
+        self._parts, self._alone = parts, None
+        self._wiring = None  # the old KV memory goes before the new comes
+        self._wiring = self._wired(parts)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        stop_token_ids: Sequence[int] = (),
+        progress: Progress | None = None,
+    ) -> list[TokenSequence]:
+        """Let the target continue prompts until it ends them.
+
+        Request i has a seed of its own, derived from (``seed``, i): its tokens do not depend on the other prompts, nor
+        on how many run together. An end-of-sequence or stop id is part of the answer.
+
+        Args:
+            max_tokens: longest answer; an answer is shorter where the context ends.
+            stop_token_ids: that end an answer beside the target's own end-of-sequence ids.
+            progress: told (done, total) requests.
+
+        Raises:
+            DataError: a prompt leaves no room in the context.
+        """
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, stop_token_ids=tuple(stop_token_ids)
+        )
+        requests = self._requests(prompts, sampling, _NO_DRAFT, seed)
+        return _sequences(requests, self._run(self._ready, requests, progress))
+
+    def generate_from_draft(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        lenient_block: int | None = None,
+        progress: Progress | None = None,
+    ) -> list[TokenSequence]:
+        """On-policy text: let the current draft continue prompts.
+
+        An independent draft is served by itself, with seeds as in ``generate``; its text has only ids that it can
+        propose. A draft that reads the target's states exists beside a target only: there speculation runs with a
+        lenience of nearly 0, under which everything that the draft proposes is accepted. So the answer's first token
+        and the one after every block are the target's, all others the draft's own. That text is a function of all
+        arguments and ``streams`` together.
+
+        Args:
+            lenient_block: draft tokens per block of the second way. None takes the first way where it can be taken, and
+                blocks of 8 where not.
+
+        Raises:
+            DataError: a prompt leaves no room in the context.
+            ConfigError: there is no draft, or blocks are longer than the engine's limit.
+        """
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        if lenient_block is None and not self._parts.reads_states:
+            requests = self._requests(prompts, sampling, _NO_DRAFT, seed)
+            return _sequences(requests, self._run(self._draft_alone(), requests, progress))
+        wish = self._speculation(lenient_block or _LENIENT_BLOCK, lenience=_TAKES_ALL)
+        requests = self._requests(prompts, sampling, wish, None)
+        return _sequences(requests, self._run(self._ready, requests, progress, seed=seed))
+
+    def measure(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        temperature: float,
+        max_tokens: int,
+        draft_tokens: int,
+        seed: int = 0,
+        rule: Rule = "token",
+        progress: Progress | None = None,
+    ) -> Acceptance:
+        """Serve prompts with the draft and count what is accepted.
+
+        Every block has ``draft_tokens`` tokens, fewer only where the answer ends.
+
+        Args:
+            seed: of the random numbers above temperature 0.
+            rule: how blocks are verified above temperature 0. Under "token" a position is accepted with probability
+                sum_v min(p, q), so that the counts estimate alpha without bias; "block", the server's default, accepts
+                more: for tau as it is served.
+
+        Raises:
+            DataError: a prompt leaves no room in the context.
+            ConfigError: there is no draft, or blocks are longer than the engine's limit.
+        """
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        requests = self._requests(prompts, sampling, self._speculation(draft_tokens), None)
+        blocks = BlockCounter(draft_tokens)
+        commits = self._run(self._ready.with_rule(rule), requests, progress, seed=seed, observer=blocks)
+        return blocks.acceptance(commits)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """While the CPU kernels work, torch keeps to one thread: two pools would spin against each other."""
+        with _torch_threads(torch.get_num_threads() if self.pool is None else 1):
+            yield
+
+    def close(self) -> None:
+        """Let go of weights and KV memory; the engine cannot be used afterwards."""
+        self._wiring = self._alone = None
+        del self._parts, self._target, self._loader
+
+    @property
+    def _ready(self) -> Wiring:
+        assert self._wiring is not None, "the engine is closed"
+        return self._wiring
+
+    @property
+    def _info(self) -> ModelInfo:
+        return self._ready.served[_NAME].info
+
+    def _draft_weights(self, weights: Weights) -> Weights:
+        return "int8" if weights == "auto" and self.pool is not None else weights
+
+    def _speculation(self, draft_tokens: int, lenience: float = 1.0) -> SpeculationParams:
+        if self._parts.draft is None:
+            raise ConfigError("there is no draft to generate with or to measure")
+        if not 1 <= draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"draft tokens per block must be 1 to {MAX_DRAFT_TOKENS}, not {draft_tokens}")
+        return SpeculationParams(max_draft_tokens=draft_tokens, lenience=lenience)
+
+    def _wired(self, parts: Parts) -> Wiring:
+        """The parts over KV memory for all streams, one full context at the least."""
+        context = min(shape.config.context_length for shape, _ in parts.members)
+        context = min(context, parts.spec.context_length or context)
+        tokens = max(context, self.streams * min(context, _TOKENS_PER_STREAM))
+        blocks = tokens + (self.streams + 1) * self._engine.block_size  # a stream's last block is not full
+        gib = blocks * parts.kv_bytes_per_token / 2**30
+        return wire([parts], replace(self._engine, kv_cache_gib=gib), self._loader)
+
+    def _draft_alone(self) -> Wiring:
+        """The draft as the served model."""
+        draft = self._parts.draft
+        if draft is None:
+            raise ConfigError("there is no draft to generate from")
+        if self._alone is None:
+            spec = replace(self._parts.spec, speculation=self._target.spec.speculation)
+            self._alone = self._wired(Parts(spec, self.tokenizer, draft, None))
+        return self._alone
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        speculation: SpeculationParams,
+        seed: int | None,
+    ) -> list[Request]:
+        """One request per prompt, named by its number."""
+        made, context = [], self.context_length
+        for i, prompt in enumerate(prompts):
+            room = context - len(prompt)
+            if not prompt or room < 1:
+                raise DataError(
+                    f"prompt {i} has {len(prompt)} tokens, but must have at least 1 and leave room for an answer in "
+                    f"the context of {context}"
+                )
+            own = replace(
+                sampling,
+                max_tokens=min(sampling.max_tokens, room),
+                seed=None if seed is None else derive_seed(seed, i),
+            )
+            made.append(Request(str(i), _NAME, tuple(prompt), own, speculation))
+        return made
+
+    def _run(
+        self,
+        wiring: Wiring,
+        requests: Sequence[Request],
+        progress: Progress | None,
+        *,
+        seed: int = 0,
+        observer: EngineObserver | None = None,
+    ) -> list[Commits]:
+        """Step a new engine until all requests are done."""
+        engine = wiring.engine(observer or BlockCounter(), seed=seed)
+        commits: dict[str, Commits] = {request.id: [] for request in requests}
+        done = 0
+        with self.exclusive():
+            for request in requests:
+                engine.check(request)
+                engine.submit(request)
+            while engine.has_work:
+                for request_id, event in engine.step():
+                    commits[request_id].append(event.token_ids)
+                    if event.finish_reason is not None:
+                        done += 1
+                        if progress is not None:
+                            progress(done, len(requests))
+        return list(commits.values())
+
+
+def _sequences(requests: Sequence[Request], commits: Sequence[Commits]) -> list[TokenSequence]:
+    return [
+        TokenSequence((*request.prompt_ids, *chain.from_iterable(own)), len(request.prompt_ids))
+        for request, own in zip(requests, commits, strict=True)
+    ]
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """``count`` torch threads inside, as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
