@@ -77,7 +77,7 @@ def cut_draft(target: str, layers: Sequence[int], output: Path, *, force: bool =
     checkpoint = open_checkpoint(path)
     # Refuses what the engine could not draft with; transformers writes into nested tables of what it is given.
     parse_model_config(copy.deepcopy(checkpoint.hf_config), where=target)
-    _check_layers(layers, checkpoint.hf_config["num_hidden_layers"], target)
+    check_layers(layers, checkpoint.hf_config["num_hidden_layers"], target)
     tensors = cut_tensors(checkpoint, layers)
     with complete_or_nothing(output) as folder:
         write_checkpoint(folder, cut_config(checkpoint.hf_config, layers), tensors)
@@ -121,7 +121,12 @@ def cut_tensors(checkpoint: "Checkpoint", layers: Sequence[int]) -> dict[str, "t
     return tensors
 
 
-def _check_layers(layers: Sequence[int], count: int, target: str) -> None:
+def check_layers(layers: Sequence[int], count: int, target: str) -> None:
+    """Refuse layers that a target of ``count`` layers does not have, none at all, or one named twice.
+
+    Raises:
+        ConfigError: names the layer.
+    """
     outside = [layer for layer in layers if not 0 <= layer < count]
     if not layers or outside or len(set(layers)) != len(layers):
         what = f"layer {outside[0]} does not exist" if outside else "layers must be named, each once"

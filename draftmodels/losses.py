@@ -1,17 +1,25 @@
 """Distances between target and draft distributions, as pure functions of log-probabilities.
 
 Notation of DistillSpec (2310.08461): p is the target's distribution, q the draft's. Every loss takes log p and log q,
-fp32 [rows, categories], both normalised over the last dimension, and returns one value per row, [rows], in nats where
-it is an entropy. Gradients flow through log q only. Categories are the vocabulary, or the target's top-k tokens plus
-one bucket for the rest (``top_k_buckets``). Knows nothing of models, batches or reduction.
+fp32 [rows, categories], and returns one value per row, [rows], in nats where it is an entropy. Gradients flow through
+log q only. Categories are the vocabulary, or the target's top-k tokens plus one bucket for the rest
+(``top_k_buckets``). Knows nothing of models, batches or reduction.
+
+q is normalised over the last dimension. p may be a sub-distribution: the part of the target on the ids that a draft of
+a restricted vocabulary proposes, of mass m <= 1, with q = 0 on all others. RKL, TVD, LK and acceptance are then those of
+the full vocabulary exactly; JSD lacks the constant beta (1 - m) log(1/beta); FKL, infinite over the full vocabulary, is
+the sum over the proposed ids: least at q = p / m, where it is m log m <= 0. Gradients are right for all of them.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from paceline.server.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,7 +92,18 @@ def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
     return F.nll_loss(log_q, labels, reduction="none")
 
 
-def top_k_buckets(log_q: Tensor, ids: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+def interpolate(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """TAID's intermediate teacher (2501.16937): softmax of (1 - share) log q + share log p, q without gradient.
+
+    Keeps the mass of a sub-distribution. Interpolating log-probabilities or logits is the same, as both normalise.
+    """
+    mixed = (1 - share) * log_q.detach() + share * log_p
+    return mixed.log_softmax(-1) + log_p.logsumexp(-1, keepdim=True)
+
+
+def top_k_buckets(
+    log_q: Tensor, ids: Tensor, log_p: Tensor, log_rest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Both distributions over the target's top-k tokens and one bucket for everything else.
 
     The bucket carries the exact remaining mass of each, so totals are exact; what is lost is how q spreads inside it.
@@ -94,12 +113,14 @@ def top_k_buckets(log_q: Tensor, ids: Tensor, log_p: Tensor) -> tuple[Tensor, Te
         log_q: draft, [rows, vocab].
         ids: the target's most likely tokens, int64 [rows, k].
         log_p: their log-probabilities, [rows, k].
+        log_rest: log of the target's mass on the other ids of log_q, [rows]; None: all that is missing to 1.
 
     Returns:
         (log_p, log_q), each [rows, k + 1].
     """
     chosen = log_q.gather(-1, ids)
-    return _with_rest(log_p), _with_rest(chosen)
+    whole = _with_rest(log_p) if log_rest is None else torch.cat((log_p, log_rest[:, None]), -1)
+    return whole, _with_rest(chosen)
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:
@@ -117,3 +138,21 @@ LOSSES: dict[str, Loss] = {
     "lk": log_acceptance,
     "lk-hybrid": HybridLK(),
 }
+
+
+def loss_named(name: str) -> Loss:
+    """A loss by its name in recipes: a key of ``LOSSES`` or ``jsd:BETA``.
+
+    Raises:
+        ConfigError: no such loss, or beta outside 0 to 1.
+    """
+    if name in LOSSES:
+        return LOSSES[name]
+    kind, _, text = name.partition(":")
+    try:
+        beta = float(text)
+    except ValueError:
+        beta = math.nan
+    if kind == "jsd" and 0 <= beta <= 1:
+        return JensenShannon(beta)
+    raise ConfigError(f'expected {", ".join(LOSSES)}, "jsd:BETA" with BETA from 0 to 1 or "ce", got "{name}"')

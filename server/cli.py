@@ -7,14 +7,14 @@ needs it. Results go to stdout, progress and errors to stderr.
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from inspect import Parameter, Signature
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from paceline.server.config import DEFAULT_TARGET, Key, keys, load_config
+from paceline.server.config import DEFAULT_TARGET, keys, load_config
+from paceline.server.config.flags import with_flags
 from paceline.server.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -24,64 +24,7 @@ Config = Annotated[
 ]
 
 
-def _with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give the command one parameter per configuration key beside its own; they arrive as keywords."""
-    parameters = Signature.from_callable(command).parameters.values()
-    own = [parameter for parameter in parameters if parameter.kind is not Parameter.VAR_KEYWORD]
-    of_keys = [_parameter(key) for key in sorted(keys(), key=_is_flag)]  # the positional one first
-    command.__signature__ = Signature([*own, *of_keys])  # type: ignore[attr-defined]
-    return command
-
-
-def _is_flag(key: Key) -> bool:
-    return key.flag.startswith("--")
-
-
-def _parameter(key: Key) -> Parameter:
-    """A parameter that is None unless given; texts, as it is the configuration that checks them."""
-    types: dict[str, Any] = {"bool": bool | None, "texts": list[str] | None}
-    annotation: Any = Annotated[
-        types.get(key.kind, str | None), _option(key) if _is_flag(key) else _argument(key)
-    ]
-    return Parameter(key.param, Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _argument(key: Key) -> Any:
-    return typer.Argument(
-        help=f"{key.help} [default: {DEFAULT_TARGET}]", metavar=key.flag, show_default=False
-    )
-
-
-def _option(key: Key) -> Any:
-    names = f"{key.flag}/--no-{key.flag.removeprefix('--')}" if key.kind == "bool" else key.flag
-    return typer.Option(
-        names,
-        help=key.help + _default(key),
-        metavar=None if key.kind == "bool" else _metavar(key),
-        show_default=False,
-    )
-
-
-def _metavar(key: Key) -> str:
-    words = {
-        "text": "TEXT",
-        "texts": "TEXT",
-        "int": "INTEGER",
-        "float": "NUMBER",
-        "choice": "|".join(key.choices),
-    }
-    return words[key.kind] + (f"|{key.none_word}" if key.none_word else "")
-
-
-def _default(key: Key) -> str:
-    """The default as a user would write it; nothing for keys whose default is worked out or empty."""
-    default = key.none_word if key.default is None else key.default
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    return f" [default: {default}]" if isinstance(default, str | int | float) else ""
-
-
-@_with_config_flags
+@with_flags(keys)
 def serve(
     *,
     config: Config = None,

@@ -43,7 +43,7 @@ class _Value:
     place: str
 
 
-_Layer = dict[tuple[Section, str], _Value]
+_Layer = dict[tuple[str, str], _Value]
 
 
 def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, object]) -> PacelineConfig:
@@ -103,7 +103,7 @@ def _read_file(path: Path) -> tuple[_Layer, list[_Layer]]:
         elif name == "models":
             models = _read_models(table, path)
         else:
-            raise ConfigError(f"{path}:{name}: unknown key; {_hint(name, ['server', 'engine', 'models'])}")
+            raise ConfigError(f"{path}:{name}: unknown key; {nearest(name, ['server', 'engine', 'models'])}")
     return shared, models
 
 
@@ -149,14 +149,15 @@ def _file_hint(name: str, section: Section) -> str:
     if elsewhere:
         return f'did you mean "{_table_name(elsewhere[0])}.{name}"?'
     nested = ["speculation"] if section == "model" else []
-    return _hint(name, [*section_keys(section), *nested])
+    return nearest(name, [*section_keys(section), *nested])
 
 
 def _table_name(key: Key) -> str:
     return {"model": "models", "speculation": "models.speculation"}.get(key.section, key.section)
 
 
-def _hint(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say to someone who wrote a name that is not known."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
@@ -171,7 +172,7 @@ def _env_layer(env: Mapping[str, str]) -> _Layer:
     layer: _Layer = {}
     for name in sorted(name for name in env if name.startswith(prefixes)):
         if name not in known:
-            raise ConfigError(f"{name}: unknown environment variable; {_hint(name, known)}")
+            raise ConfigError(f"{name}: unknown environment variable; {nearest(name, known)}")
         key = known[name]
         _refuse_kubernetes(name, env[name])
         layer[key.section, key.name] = _Value(convert(key, env[name], name, text=True), name)
@@ -201,7 +202,7 @@ def _flag_layer(flags: Mapping[str, object]) -> _Layer:
     layer: _Layer = {}
     for name, value in flags.items():
         if name not in known:
-            raise ConfigError(f"{name}: unknown flag; {_hint(name, known)}")
+            raise ConfigError(f"{name}: unknown flag; {nearest(name, known)}")
         key = known[name]
         if value is not None and value != [] and value != ():
             layer[key.section, key.name] = _Value(convert(key, value, key.flag, text=True), key.flag)

@@ -8,6 +8,7 @@ therefore a file key, an environment variable and a flag at once.
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from keyword import iskeyword
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,7 @@ Kind = Literal["text", "texts", "int", "float", "bool", "choice"]
 _LATER = "is not available in this version"
 
 
-def _key(help: str, default: Any = MISSING, *, secret: bool = False, **about: Any) -> Any:
+def key_field(help: str, default: Any = MISSING, *, secret: bool = False, **about: Any) -> Any:
     """A dataclass field that carries what ``Key`` needs beyond its name and type."""
     return field(default=default, repr=not secret, metadata={"help": help, "secret": secret, **about})
 
@@ -28,56 +29,56 @@ def _key(help: str, default: Any = MISSING, *, secret: bool = False, **about: An
 class ServerConfig:
     """The ``[server]`` table: where to listen, whom to serve, how to stop."""
 
-    host: str = _key("Address to listen on.", "127.0.0.1")
-    port: int = _key("Port to listen on; 0 takes a free one.", 8000, low=0, high=65535)
-    api_keys: tuple[str, ...] = _key(
+    host: str = key_field("Address to listen on.", "127.0.0.1")
+    port: int = key_field("Port to listen on; 0 takes a free one.", 8000, low=0, high=65535)
+    api_keys: tuple[str, ...] = key_field(
         "Key that clients must send; may be repeated. PACELINE_API_KEY sets one, too.",
         (),
         flag="--api-key",
         secret=True,
     )
-    admin_keys: tuple[str, ...] = _key(
+    admin_keys: tuple[str, ...] = key_field(
         "Key for the admin endpoints; may be repeated.", (), flag="--admin-key", secret=True
     )
-    max_queued_requests: int = _key("Waiting requests before new ones get 429.", 256, low=1)
-    drain_seconds: float = _key("How long running requests may finish when asked to stop.", 30.0, low=0)
-    log_format: Literal["text", "json"] = _key("How log lines look.", "text")
-    allow_unknown_fields: bool = _key("Ignore unknown request fields with a warning, not a 400.", False)
+    max_queued_requests: int = key_field("Waiting requests before new ones get 429.", 256, low=1)
+    drain_seconds: float = key_field("How long running requests may finish when asked to stop.", 30.0, low=0)
+    log_format: Literal["text", "json"] = key_field("How log lines look.", "text")
+    allow_unknown_fields: bool = key_field("Ignore unknown request fields with a warning, not a 400.", False)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The ``[engine]`` table. None is "auto": ``resolve`` fills threads, the engine kv_cache_gib."""
 
-    kind: Literal["native", "vllm"] = _key(
+    kind: Literal["native", "vllm"] = key_field(
         "Which engine runs the models.",
         "native",
         flag="--engine",
         refused={"vllm": f'{_LATER}; use "native"'},
     )
-    device: Literal["auto", "cpu", "cuda"] = _key("Where to run; auto takes CUDA if there is one.", "auto")
-    threads: int | None = _key("CPU threads; auto takes the physical cores.", None, low=1, high=1024)
-    kv_cache_gib: float | None = _key("Memory for the KV cache of all models, GiB.", None, above=0)
-    max_batch_tokens: int = _key("Prefill tokens per engine step.", 512, low=1)
-    max_running: int = _key("Sequences that run at the same time.", 64, low=1)
-    block_size: int = _key("Tokens per KV block.", 16, low=1, high=1024)
-    prefix_caching: bool = _key("Reuse the KV cache of equal prompt beginnings.", True)
+    device: Literal["auto", "cpu", "cuda"] = key_field("Where to run; auto takes CUDA if there is one.", "auto")
+    threads: int | None = key_field("CPU threads; auto takes the physical cores.", None, low=1, high=1024)
+    kv_cache_gib: float | None = key_field("Memory for the KV cache of all models, GiB.", None, above=0)
+    max_batch_tokens: int = key_field("Prefill tokens per engine step.", 512, low=1)
+    max_running: int = key_field("Sequences that run at the same time.", 64, low=1)
+    block_size: int = key_field("Tokens per KV block.", 16, low=1, high=1024)
+    prefix_caching: bool = key_field("Reuse the KV cache of equal prompt beginnings.", True)
 
 
 @dataclass(frozen=True)
 class SpeculationConfig:
     """The ``[models.speculation]`` table; ``draft`` None switches speculation off unless a request asks."""
 
-    draft: str | None = _key('Draft model reference, "ngram" or "none".', None, none_word="none")
-    max_draft_tokens: int = _key("Draft tokens per block.", 4, low=1, high=MAX_DRAFT_TOKENS)
-    policy: Literal["adaptive", "fixed"] = _key(
+    draft: str | None = key_field('Draft model reference, "ngram" or "none".', None, none_word="none")
+    max_draft_tokens: int = key_field("Draft tokens per block.", 4, low=1, high=MAX_DRAFT_TOKENS)
+    policy: Literal["adaptive", "fixed"] = key_field(
         "How the draft length is chosen: adaptive drafts up to max_draft_tokens as far as it pays, fixed always them.",
         "adaptive",
     )
-    ngram: bool = _key("Let requests, and the adaptive policy, use n-gram proposals beside the draft.", True)
-    verify: Literal["block", "token"] = _key("Verification rule for unseeded sampling.", "block")
-    min_lenience: float = _key("Least lenience that requests may ask for; 1 is exact.", 1.0, above=0, high=1)
-    lenience_form: Literal["exp", "lin", "sq"] = _key(
+    ngram: bool = key_field("Let requests, and the adaptive policy, use n-gram proposals beside the draft.", True)
+    verify: Literal["block", "token"] = key_field("Verification rule for unseeded sampling.", "block")
+    min_lenience: float = key_field("Least lenience that requests may ask for; 1 is exact.", 1.0, above=0, high=1)
+    lenience_form: Literal["exp", "lin", "sq"] = key_field(
         "What lenience e makes of a probability p: exp p^e, lin p/e, sq p/e^2.", "exp"
     )
 
@@ -86,14 +87,14 @@ class SpeculationConfig:
 class ModelSpec:
     """One ``[[models]]`` table: ``name`` is what clients ask for, ``target`` the reference it loads."""
 
-    name: str = _key("Name that clients ask for; by default taken from the target.")
-    target: str = _key("Catalog name, hf:ORG/NAME[@REV], folder or .gguf file.", flag="MODEL")
-    weights: Literal["auto", "fp32", "bf16", "int8"] = _key(
+    name: str = key_field("Name that clients ask for; by default taken from the target.")
+    target: str = key_field("Catalog name, hf:ORG/NAME[@REV], folder or .gguf file.", flag="MODEL")
+    weights: Literal["auto", "fp32", "bf16", "int8"] = key_field(
         "Weight format; auto takes the fastest that is as good as fp32 for this model.",
         "auto",
         refused={"int4": f'{_LATER}; use "auto", "fp32", "bf16" or "int8"'},
     )
-    context_length: int | None = _key("Longest sequence, tokens; auto is the model's own.", None, low=2)
+    context_length: int | None = key_field("Longest sequence, tokens; auto is the model's own.", None, low=2)
     speculation: SpeculationConfig = SpeculationConfig()
 
 
@@ -125,7 +126,7 @@ class Key:
         flag: ``--name``, or the metavariable of the positional argument.
     """
 
-    section: Section
+    section: str
     name: str
     kind: Kind
     help: str
@@ -141,8 +142,9 @@ class Key:
 
     @property
     def param(self) -> str:
-        """Name under which the command line passes the value."""
-        return self.flag.lstrip("-").replace("-", "_").lower()
+        """Name under which the command line passes the value; Python's own words get a line behind them."""
+        name = self.flag.lstrip("-").replace("-", "_").lower()
+        return f"{name}_" if iskeyword(name) else name
 
     @property
     def variable(self) -> str:
@@ -159,15 +161,20 @@ def keys() -> tuple[Key, ...]:
 @cache
 def section_keys(section: Section) -> Mapping[str, Key]:
     """Keys of one table by name; nested tables are not keys."""
-    hints = get_type_hints(SECTIONS[section])
+    return keys_of(section, SECTIONS[section])
+
+
+def keys_of(section: str, table: type) -> Mapping[str, Key]:
+    """Keys of a dataclass whose fields are made with ``key_field``, by name; other fields are not keys."""
+    hints = get_type_hints(table)
     return {
         entry.name: _describe(section, entry.name, hints[entry.name], entry.default, dict(entry.metadata))
-        for entry in fields(SECTIONS[section])
+        for entry in fields(table)
         if entry.metadata
     }
 
 
-def _describe(section: Section, name: str, hint: Any, default: Any, about: dict[str, Any]) -> Key:
+def _describe(section: str, name: str, hint: Any, default: Any, about: dict[str, Any]) -> Key:
     options = get_args(hint)
     if NoneType in options:
         hint = next(option for option in options if option is not NoneType)

@@ -222,7 +222,7 @@ def test_swapping_the_draft_keeps_the_target_and_reads_the_folder_anew(
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-        write_draft(folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [])
+        write_draft(folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [], int8=True)
         engine.use_draft(folder)
         taus.append(engine.measure(PROMPTS, temperature=0.0, max_tokens=25, draft_tokens=3).tau)
     assert loaded == [folder] * 3

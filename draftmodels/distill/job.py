@@ -1,0 +1,180 @@
+"""A training job with everything real: opens target, engine, prompts and teacher, and runs the trainer over them."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.data.templates import end_of_answer
+from paceline.draftmodels.distill.checkpoint import JobState, Loaded, load_checkpoint
+from paceline.draftmodels.distill.config import Recipe
+from paceline.draftmodels.distill.export import ArtifactAbout, export_draft
+from paceline.draftmodels.distill.initialise import NewDraft, new_draft, own_vocab
+from paceline.draftmodels.distill.layout import Tokens
+from paceline.draftmodels.distill.objective import Rows
+from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.distill.report import write_report
+from paceline.draftmodels.distill.show import shown
+from paceline.draftmodels.distill.sources import EngineJudge, EngineText, open_prompts
+from paceline.draftmodels.distill.trainer import Parts, Trainer
+from paceline.draftmodels.distill.vocab import TOP_K, expected_vocabulary
+from paceline.draftmodels.local_engine import LocalEngine
+from paceline.draftmodels.provenance import provenance
+from paceline.draftmodels.teacher import Teacher
+from paceline.server.config import Machine
+from paceline.server.errors import ConfigError
+from paceline.server.models.checkpoint import Checkpoint
+from paceline.server.models.manifest import Base
+from paceline.server.models.native_form import open_model
+from paceline.server.models.sources import resolve
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job has made: ``best`` is the artifact with the highest measured tau."""
+
+    run: Path
+    best: Path
+    state: JobState
+
+
+class EngineTeacher:
+    """``trainer.Teacher`` over the engine's target."""
+
+    def __init__(self, local: LocalEngine, vocab_ids: Tensor | None, recipe: Recipe) -> None:
+        self._teacher = Teacher(local, vocab_ids, top_k=recipe.top_k)
+        self._temperature = recipe.loss_temperature
+
+    def rows(self, sequences: Sequence[Tokens]) -> Sequence[Rows]:
+        """See ``trainer.Teacher``."""
+        return self._teacher.rows(cast(Sequence[TokenSequence], sequences), self._temperature)
+
+
+def run_job(target: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
+    """Train a draft in the folder ``run``, from its newest checkpoint if there is one.
+
+    Raises:
+        UserError: something that the user can mend, in one line.
+        KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
+    """
+    if recipe.device == "cuda" and not Machine().cuda_available:
+        raise ConfigError("device: torch sees no CUDA device; use --device cpu or a torch with CUDA")
+    path = resolve(target)
+    checkpoint = open_model(path)
+    threads = recipe.threads or max(Machine().usable_cores // ranks.world, 1)
+    local = LocalEngine(target, weights=recipe.weights, threads=threads, streams=recipe.streams)
+    try:
+        return _Job(target, path, checkpoint, recipe, run, ranks, local, threads).work()
+    finally:
+        local.close()
+
+
+@dataclass(frozen=True)
+class _Job:
+    target: str
+    path: Path
+    checkpoint: Checkpoint
+    recipe: Recipe
+    run: Path
+    ranks: Ranks
+    local: LocalEngine
+    threads: int
+
+    def work(self) -> Outcome:
+        recipe, run = self.recipe, self.run
+        loaded = load_checkpoint(run)
+        # Ranks other than the main one write nothing: it tells them what it has found or made.
+        prompts = open_prompts(recipe, self.local, run) if self.ranks.is_main else None
+        text = None if prompts is None else EngineText(recipe, self.local, prompts, run / "shards")
+        vocab_ids = self._vocabulary(text, loaded)
+        new = new_draft(recipe, self.checkpoint, vocab_ids)
+        about = self._about()
+        with shown(main=self.ranks.is_main) as progress:
+            parts = Parts(
+                text=cast(EngineText, text),
+                teacher=EngineTeacher(self.local, vocab_ids, recipe),
+                judge=EngineJudge(recipe, self.local, [] if prompts is None else prompts.held_out),
+                progress=progress,
+                export=partial(_export, new, about),
+                threads=self.threads,
+                ranks=self.ranks,
+            )
+            state = Trainer(recipe, new, run, parts, loaded).train()
+        if self.ranks.is_main:
+            write_report(run, {"recipe": about.recipe, "provenance": about.provenance, "target": self.target})
+        return Outcome(run, run / "best", state)
+
+    def _vocabulary(self, text: EngineText | None, loaded: Loaded | None) -> Tensor | None:
+        fixed, ids = own_vocab(self.recipe, self.checkpoint)
+        if fixed or self.recipe.draft_vocab is None:
+            return ids
+        if loaded is not None:
+            return loaded.vocab_ids
+        return self.ranks.from_main(None if text is None else self._chosen(text, self.recipe.draft_vocab))
+
+    def _chosen(self, text: EngineText, size: int) -> Tensor:
+        teacher = Teacher(self.local, None, top_k=min(TOP_K, self.local.config.vocab_size), dtype=torch.float32)
+        tokenizer = self.local.tokenizer
+        ids, mass = expected_vocabulary(
+            teacher.rows(text.by_target(0)),
+            size,
+            vocab_size=self.local.config.vocab_size,
+            always=sorted({*tokenizer.eos_ids, *end_of_answer(tokenizer)}),
+        )
+        _log.info("draft vocabulary of %d ids: %.2f%% of the target's probability", size, 100 * mass)
+        return ids
+
+    def _about(self) -> ArtifactAbout:
+        base = Base(
+            id=self.target,
+            tokenizer_sha256=self.local.tokenizer.sha256,
+            vocab_size=int(self.checkpoint.hf_config["vocab_size"]),
+            weights_sha256=self.checkpoint.weights_sha256(),
+        )
+        return ArtifactAbout(base, self.path, self.recipe.as_dict(), provenance(seed=self.recipe.seed))
+
+
+def _export(new: NewDraft, about: ArtifactAbout, folder: Path, measured: Sequence[Mapping[str, Any]]) -> None:
+    export_draft(folder, new, about, measured)
+
+
+RECIPE_FILE = "recipe.json"
+
+
+def save_recipe(run: Path, target: str, recipe: Recipe) -> None:
+    """Remember what a run was started with.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"target": target, "recipe": asdict(recipe)}, indent=2)
+        (run / RECIPE_FILE).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to {run}: {error.strerror}") from error
+
+
+def saved_recipe(run: Path) -> tuple[str, dict[str, Any]]:
+    """(target, recipe) that a run was started with.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    path = run / RECIPE_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return saved["target"], saved["recipe"]
+    except FileNotFoundError:
+        raise ConfigError(f"--resume: {run} holds no training run ({RECIPE_FILE} is missing)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--resume: {path} cannot be read: {error}") from None

@@ -1,0 +1,179 @@
+"""The training objective: distances between the teacher's rows and the draft's, over every unrolled step.
+
+Takes states that the head reads (``modules``), makes logits in chunks of rows, and leaves gradients on the states, so
+that never more than one chunk of [rows, vocabulary] is in memory. The teacher's rows may be dense over the ids that
+the draft proposes (a sub-distribution if those are not all) or its top-k with the remaining mass. Knows nothing of how
+drafts work or where teachers come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from paceline.draftmodels import losses
+
+#: Elements of one chunk's [rows, vocabulary] buffers; a few of them then fit a last-level cache (8 MB in fp32).
+CHUNK_ELEMENTS = 1 << 21
+
+
+class Rows(Protocol):
+    """What a teacher says about one sequence, as ``teacher.TeacherRows`` holds it."""
+
+    @property
+    def states(self) -> Tensor:
+        """Target's states after its final norm, [tokens, hidden]."""
+        ...
+
+    @property
+    def log_p(self) -> Tensor:
+        """[answer tokens, k], normalised over the full vocabulary."""
+        ...
+
+    @property
+    def ids(self) -> Tensor | None:
+        """Which of the proposable ids the columns are, [answer tokens, k]; None: all, in order."""
+        ...
+
+    @property
+    def log_rest(self) -> Tensor | None:
+        """With ``ids``: log of the mass on the other proposable ids, [answer tokens]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherBatch:
+    """The teacher's rows of a batch, one per answer row; see ``Rows``."""
+
+    log_p: Tensor
+    ids: Tensor | None = None
+    log_rest: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Rows], device: torch.device) -> "TeacherBatch":
+        """Join sequences."""
+        log_p = torch.cat([r.log_p for r in rows]).to(device)
+        ids = [r.ids for r in rows if r.ids is not None]
+        rest = [r.log_rest for r in rows if r.log_rest is not None]
+        if not ids:
+            return cls(log_p)
+        return cls(log_p, torch.cat(ids).to(device).long(), torch.cat(rest).to(device))
+
+    def compare(self, rows: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """(log p, log q) of some rows over common categories, fp32.
+
+        Args:
+            rows: int64 [rows], which answer rows.
+            log_q: the draft over all proposable ids, [rows, vocabulary].
+        """
+        log_p = self.log_p[rows].float()
+        if self.ids is None or self.log_rest is None:
+            return log_p, log_q
+        return losses.top_k_buckets(log_q, self.ids[rows], log_p, self.log_rest[rows].float())
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """Sums over the rows of one unrolled step.
+
+    Attributes:
+        rows: how many rows had a loss.
+        alpha_rows: how many rows ``alpha`` is over.
+        loss, alpha: sums of losses in nats and of sum_v min(p, q).
+    """
+
+    rows: int
+    alpha_rows: int
+    loss: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weighted sum over unrolled steps of the mean loss per row.
+
+    Attributes:
+        loss: name in ``losses.LOSSES``, ``jsd:BETA``, or ``ce``: the sequences' own next tokens as labels.
+        temperature: logits are divided by it; the teacher's rows must be of the same temperature.
+        step_weights: one per unrolled step.
+        dtype: that the head multiplies in; all else is fp32.
+    """
+
+    loss: str
+    temperature: float = 1.0
+    step_weights: tuple[float, ...] = (1.0,)
+    dtype: torch.dtype = torch.float32
+    chunk_elements: int = field(default=CHUNK_ELEMENTS, repr=False)
+
+    def backward(
+        self,
+        outputs: Sequence[Tensor],
+        head: Tensor,
+        teacher: TeacherBatch,
+        step_rows: Sequence[Tensor],
+        labels: Tensor,
+        *,
+        totals: Sequence[int] | None = None,
+        taid: float | None = None,
+    ) -> list[StepFigures]:
+        """Losses of a batch, and their gradients on everything that requires one.
+
+        Args:
+            outputs: per step, [rows of the step, hidden].
+            head: [vocabulary, hidden].
+            teacher: one row per answer row.
+            step_rows: per step, int64 indices of answer rows.
+            labels: for ``ce``, int64 [answer rows], index of the next token among the proposable ids, -1 if it is not
+                one of them (no loss there).
+            totals: per step, the rows to divide by; by default those with a loss. Data parallel jobs give the sum
+                over all processes, so that summed gradients are those of one process.
+            taid: the teacher's share of the interpolated teacher; None is the teacher itself.
+        """
+        head = head if head.requires_grad else head.to(self.dtype)
+        figures, gradients = [], []
+        for index, (output, rows) in enumerate(zip(outputs, step_rows, strict=True)):
+            counted = self.rows_with_loss(rows, labels)
+            total = counted if totals is None else totals[index]
+            scale = self.step_weights[index] / max(total, 1)
+            leaf = output.detach().requires_grad_()
+            figures.append(self._step(leaf, head, teacher, rows, labels, scale, taid))
+            gradients.append(torch.zeros_like(output) if leaf.grad is None else leaf.grad)
+        if any(output.requires_grad for output in outputs):
+            torch.autograd.backward(list(outputs), gradients)
+        return figures
+
+    def rows_with_loss(self, rows: Tensor, labels: Tensor) -> int:
+        """How many of some answer rows have a loss."""
+        return int((labels[rows] >= 0).sum()) if self.loss == "ce" else len(rows)
+
+    def _step(
+        self,
+        leaf: Tensor,
+        head: Tensor,
+        teacher: TeacherBatch,
+        rows: Tensor,
+        labels: Tensor,
+        scale: float,
+        taid: float | None,
+    ) -> StepFigures:
+        loss_sum = alpha_sum = 0.0
+        chunk = max(self.chunk_elements // len(head), 1)
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
+            logits = F.linear(leaf[start : start + chunk].to(self.dtype), head.to(self.dtype)).float()
+            log_q = torch.log_softmax(logits / self.temperature if self.temperature != 1 else logits, -1)
+            log_p, log_c = teacher.compare(part, log_q)
+            with torch.no_grad():
+                alpha_sum += float(losses.acceptance(log_p, log_c).sum())
+            if self.loss == "ce":
+                loss = F.nll_loss(log_q, labels[part], ignore_index=-1, reduction="sum")
+            else:
+                aim = log_p if taid is None else losses.interpolate(log_p, log_c, taid)
+                loss = losses.loss_named(self.loss)(aim, log_c).sum()
+            if loss.requires_grad:
+                (loss * scale).backward()  # type: ignore[no-untyped-call]
+            loss_sum += float(loss.detach())
+        return StepFigures(self.rows_with_loss(rows, labels), len(rows), loss_sum, alpha_sum)

@@ -1,0 +1,38 @@
+"""The optimiser and its learning rate: AdamW, warm-up, cosine, all by the used share of the budget."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from paceline.draftmodels.distill.config import Recipe
+
+#: A second moment that forgets within about 20 steps, usual where batches are small and training is short.
+_BETAS = (0.9, 0.95)
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW; vectors (norms, biases) are not decayed."""
+    matrices = [p for p in parameters.values() if p.dim() > 1]
+    vectors = [p for p in parameters.values() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, betas=_BETAS, fused=True)
+
+
+def learning_rate(recipe: Recipe, used: float) -> float:
+    """Rate after the share ``used`` of the budget: rises over ``warmup``, then falls to ``final_lr`` of the peak."""
+    if used < recipe.warmup:
+        return recipe.lr * max(used / recipe.warmup, 0.01)
+    done = min((used - recipe.warmup) / (1 - recipe.warmup), 1.0)
+    low = recipe.final_lr
+    return recipe.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use a rate from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
