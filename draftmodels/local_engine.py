@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 _NAME = "local"
 #: The KV cache has room for this many tokens of every stream; longer ones wait for each other.
-_TOKENS_PER_STREAM = 1024
+_TOKENS_PER_STREAM = 512
 #: As good as 0: p^e is 1 for every p > 0 in float64, so that every proposed token is accepted.
 _TAKES_ALL = 1e-30
 #: Draft tokens per block where everything is accepted: nine in ten tokens are then the draft's.
@@ -139,9 +139,8 @@ class LocalEngine:
             with self.exclusive():
                 draft = load_draft(spec, parts.target, parts.tokenizer, self._loader, fleeting=True)
             parts = replace(parts, spec=spec, draft=draft)
-        self._parts, self._alone = parts, None
-        self._wiring = None  # the old KV memory goes before the new comes
-        self._wiring = self._wired(parts)
+        if parts is not self._parts:
+            self._parts, self._wiring, self._alone = parts, None, None
 
     def generate(
         self,
@@ -245,12 +244,13 @@ class LocalEngine:
 
     def close(self) -> None:
         """Let go of weights and KV memory; the engine cannot be used afterwards."""
-        self._wiring = self._alone = None
-        del self._parts, self._target, self._loader
+        del self._wiring, self._alone, self._parts, self._target, self._loader
 
     @property
     def _ready(self) -> Wiring:
-        assert self._wiring is not None, "the engine is closed"
+        """Target and draft over KV memory, which is taken at the first call."""
+        if self._wiring is None:
+            self._wiring = self._wired(self._parts)
         return self._wiring
 
     @property

@@ -222,7 +222,7 @@ def test_swapping_the_draft_keeps_the_target_and_reads_the_folder_anew(
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-        write_draft(folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [])
+        write_draft(folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [], int8=True)
         engine.use_draft(folder)
         taus.append(engine.measure(PROMPTS, temperature=0.0, max_tokens=25, draft_tokens=3).tau)
     assert loaded == [folder] * 3
@@ -349,19 +349,27 @@ def test_the_target_writes_its_own_prompts(
         assert prompt.category == "self"
 
 
-class Mute:
-    """A target that ends its turn at once."""
+class Scripted:
+    """A target that says what it is told to, again and again."""
 
-    def __init__(self, engine: LocalEngine) -> None:
-        self.tokenizer = engine.tokenizer
+    def __init__(self, engine: LocalEngine, *texts: Sequence[int]) -> None:
+        self.tokenizer, self._texts = engine.tokenizer, texts
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[TokenSequence]:
-        return [TokenSequence((*prompt, 3), len(prompt)) for prompt in prompts]
+        texts = [self._texts[i % len(self._texts)] for i in range(len(prompts))]
+        return [TokenSequence((*p, *text), len(p)) for p, text in zip(prompts, texts, strict=True)]
 
 
-def test_a_target_that_writes_no_prompts_is_refused(local: Local) -> None:
+def test_of_what_the_target_writes_only_prompts_are_kept(local: Local) -> None:
+    engine = local()
+    space, *ends = engine.tokenizer.encode(" "), [EOS_ID]
+    said = [[30, 31, *ends], [32, 33], [*space, *ends], ends, [30, 31, *ends], [34] * 90 + ends, [35, *ends]]
+    found = self_prompts(Scripted(engine, *said), 2, seed=0, max_prompt_tokens=80)
+    words = [engine.tokenizer.decode([30, 31]), engine.tokenizer.decode([35])]
+    wanted = [engine.tokenizer.apply_chat_template([{"role": "user", "content": w}]) for w in words]
+    assert [list(prompt.tokens) for prompt in found] == wanted
     with pytest.raises(DataError, match="0 usable prompts in 32 attempts"):
-        self_prompts(Mute(local()), 5, seed=0)
+        self_prompts(Scripted(engine, ends), 5, seed=0)
 
 
 def test_shared_head_and_embedding_come_from_the_target(local: Local, target: Path, tmp_path: Path) -> None:
