@@ -186,9 +186,9 @@ class LocalEngine:
 
         An independent draft is served by itself, with seeds as in ``generate``; its text has only ids that it can
         propose. A draft that reads the target's states exists beside a target only: there speculation runs with a
-        lenience of nearly 0, under which everything that the draft proposes is accepted. So the answer's first token and
-        the one after every block are the target's, all others the draft's own. That text is a function of all arguments
-        and ``streams`` together.
+        lenience of nearly 0, under which everything that the draft proposes is accepted. So the answer's first token
+        and the one after every block are the target's, all others the draft's own. That text is a function of all
+        arguments and ``streams`` together.
 
         Args:
             lenient_block: draft tokens per block of the second way. None takes the first way where it can be taken, and
@@ -299,8 +299,8 @@ class LocalEngine:
             room = context - len(prompt)
             if not prompt or room < 1:
                 raise DataError(
-                    f"prompt {i} has {len(prompt)} tokens, but must have at least 1 and leave room for an answer in the "
-                    f"context of {context}"
+                    f"prompt {i} has {len(prompt)} tokens, but must have at least 1 and leave room for an answer in "
+                    f"the context of {context}"
                 )
             own = replace(
                 sampling,

@@ -1,4 +1,4 @@
-"""What the target says about token sequences: its states, and its next-token distributions over the ids a draft proposes.
+"""What the target says about token sequences: its states, and how likely it finds the ids that a draft proposes.
 
 One ragged prefill over many sequences at a time through the same runner that serves; rows go through the head in small
 batches, so that full-vocabulary logits never take much memory. States come out of the KV cache, rounded as the drafts
@@ -37,7 +37,7 @@ class TeacherRows:
     Attributes:
         states: after its final norm, one row per token, [tokens, hidden] in the type of the KV cache.
         log_p: log-probabilities of proposable ids, normalised over the full vocabulary, [answer tokens, k]; row j
-            predicts the j-th token of the answer. Columns are the proposable ids in ascending order, or those of ``ids``.
+            predicts the j-th token of the answer. Columns are the proposable ids, ascending, or those of ``ids``.
         ids: with top-k, which of the proposable ids the columns are: indices, most likely first, int32
             [answer tokens, k].
         log_rest: with top-k, log of the exact mass of all other proposable ids, fp32 [answer tokens].

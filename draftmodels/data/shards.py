@@ -1,7 +1,7 @@
 """Token sequences on disk: numbered files that are there whole or not at all.
 
-A shard is a safetensors file: ``tokens`` int32 [total], ``offsets`` int64 [sequences + 1] (where each sequence starts in
-``tokens``, and the end), ``prompt_tokens`` int32 [sequences]; its metadata carries a hash of all three.
+A shard is a safetensors file: ``tokens`` int32 [total], ``offsets`` int64 [sequences + 1] (where each sequence starts
+in ``tokens``, and the end), ``prompt_tokens`` int32 [sequences]; its metadata carries a hash of all three.
 """
 
 import os
@@ -84,11 +84,10 @@ class TokenShards:
         if not path.exists():
             raise DataError(f"there is no token shard {path}")
         tensors = _checked(path)
-        tokens, ends = tensors["tokens"].tolist(), tensors["offsets"].tolist()
-        prompts = tensors["prompt_tokens"].tolist()
+        tokens, offsets, prompts = (tensors[name].tolist() for name in _NAMES)
         return [
             TokenSequence(tuple(tokens[start:end]), count)
-            for start, end, count in zip(ends[:-1], ends[1:], prompts, strict=True)
+            for start, end, count in zip(offsets[:-1], offsets[1:], prompts, strict=True)
         ]
 
 

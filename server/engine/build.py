@@ -65,16 +65,18 @@ class Parts:
 
     @property
     def reads_states(self) -> bool:
+        """Whether the draft reads the target's states, which are kept for it then."""
         return self.draft is not None and self.draft.config.reads_state
 
     @property
     def target_shape(self) -> MemberShape:
+        """The target as the KV arena sees it."""
         key = f"{self.target.key}/states" if self.reads_states else self.target.key
         return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
 
     @property
     def draft_shape(self) -> MemberShape | None:
-        """The KV of a draft that reads states depends on whose they are."""
+        """The draft as the KV arena sees it, if there is one; KV that follows from states depends on whose they are."""
         if self.draft is None:
             return None
         key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
@@ -82,6 +84,7 @@ class Parts:
 
     @property
     def members(self) -> list[tuple[MemberShape, LoadedModel]]:
+        """Everything that stores KV."""
         pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
         return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
 
