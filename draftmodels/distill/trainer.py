@@ -97,14 +97,18 @@ class Trainer:
 
     Args:
         loaded: the checkpoint to go on from; None starts afresh.
+
+    Attributes:
+        parameters: what is trained, by checkpoint name.
+        state: how far the job is.
     """
 
     def __init__(self, recipe: Recipe, new: NewDraft, run: Path, parts: Parts, loaded: Loaded | None = None) -> None:
         self._recipe, self._new, self._run, self._parts = recipe, new, run, parts
         self._device = torch.device(recipe.device)
         self._draft = new.draft.to(self._device)
-        self._parameters = self._draft.trained()
-        self._optimizer = make_optimizer(self._parameters, recipe)
+        self.parameters = self._draft.trained()
+        self._optimizer = make_optimizer(self.parameters, recipe)
         self._dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self._objective = Objective(
             recipe.loss, recipe.loss_temperature, recipe.step_weights(self._draft.steps), self._dtype
@@ -112,7 +116,7 @@ class Trainer:
         self._label_of = labels_among(new.vocab_ids, self._draft.config.vocab_size, self._device)
         self.state = JobState() if loaded is None else loaded.state
         if loaded is not None:
-            restore(loaded, self._parameters, self._optimizer)
+            restore(loaded, self.parameters, self._optimizer)
         self._metrics = MetricsFile(run / "metrics.jsonl", enabled=parts.ranks.is_main)
         self._metrics.rewind(-1 if loaded is None else self.state.step)
         self._rounds: dict[int, list[Entry]] = {}
@@ -190,8 +194,8 @@ class Trainer:
         batch = self._batch(entries) if entries else None
         totals = self._totals(batch)
         figures = self._forward_backward(batch, totals, used) if batch else [StepFigures(0, 0, 0.0, 0.0)] * len(totals)
-        self._parts.ranks.sum_gradients(self._parameters.values())
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), recipe.grad_clip)
+        self._parts.ranks.sum_gradients(self.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.grad_clip)
         self._optimizer.step()
         skipped = 0 if batch is None else int((batch.labels < 0).sum())
         state.step += 1
@@ -275,7 +279,7 @@ class Trainer:
     def _save(self) -> None:
         self._count_time()
         if self._parts.ranks.is_main:
-            save_checkpoint(self._run, self.state, self._parameters, self._optimizer, self._new.vocab_ids)
+            save_checkpoint(self._run, self.state, self.parameters, self._optimizer, self._new.vocab_ids)
         self._saved_at = self._clock()
 
     def _stop(self) -> bool:
