@@ -7,54 +7,30 @@ mutable state lives behind ``submit``, ``cancel`` and ``step``.
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from paceline.server.decoding.logprobs import token_logprobs
-from paceline.server.decoding.sampler import process
 from paceline.server.decoding.lenience import Lenience
-from paceline.server.decoding.verify import DraftBlock, Verdict, match_prefix, verify
-from paceline.server.engine.batch import Batch
+from paceline.server.decoding.sampler import process
+from paceline.server.decoding.verify import match_prefix, verify
 from paceline.server.engine.examine import Examiner
+from paceline.server.engine.in_flight import (
+    InFlight,
+    assemble,
+    prompt_logprobs,
+    score,
+    score_prompt,
+    show_blocks,
+)
 from paceline.server.engine.interface import EngineObserver, FinishedReason, Load, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.proposers import make_row
-from paceline.server.engine.request import Request, TokenEvent, TokenLogprob
-from paceline.server.engine.scheduler import Scheduled, Scheduler, StepPlan
+from paceline.server.engine.request import Request, TokenEvent
+from paceline.server.engine.scheduler import Scheduler, StepPlan
 from paceline.server.engine.sequence import Sequence
-from paceline.server.engine.served import Outcome, ServedModel
+from paceline.server.engine.served import ServedModel
 from paceline.server.errors import InvalidRequestError, UnknownModelError
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """One scheduled sequence in flight: its draft block, its logits rows, how many of its known tokens are prompt,
-    and the verdict."""
-
-    item: Scheduled
-    block: DraftBlock
-    logits: slice
-    prompt_tokens: int
-    verdict: Verdict | None = None
-
-    @property
-    def first_drawn(self) -> int:
-        """Logits row that predicts the token after all known ones; the draft tokens' rows follow it."""
-        stop: int = self.logits.stop
-        return stop - len(self.block.token_ids) - 1
-
-    @property
-    def is_exact_argmax(self) -> bool:
-        """Whether each position's token is the argmax of its logits, and nothing else will do."""
-        sequence = self.item.sequence
-        return sequence.takes_raw_argmax and not (sequence.is_lenient and self.block.token_ids)
-
-    @property
-    def outcome(self) -> Outcome:
-        """What the policy learns from it."""
-        return Outcome(self.item, len(self.block.token_ids), self.verdict.accepted if self.verdict else 0)
 
 
 class Engine:
@@ -136,7 +112,7 @@ class Engine:
         clock.mark("schedule")
         drafts = model.propose(plan.items, self._generator)
         clock.mark("draft")
-        batch, rows = _assemble(plan.items, drafts)
+        batch, rows = assemble(plan.items, drafts)
         logits = model.runner.forward(batch)
         clock.mark("forward")
         scores = self._verify(model, logits, rows)
@@ -147,10 +123,10 @@ class Engine:
         self._scheduler.charge(plan.model, clock.total)
         self._observer.on_step(_step_stats(plan, rows, events, clock.phases))
         if self._examiner is not None:
-            _show(self._examiner, rows, scores)
+            show_blocks(self._examiner, rows, scores)
         return events
 
-    def _verify(self, model: ServedModel, logits: Tensor, rows: SequenceOf[_InFlight]) -> Tensor | None:
+    def _verify(self, model: ServedModel, logits: Tensor, rows: SequenceOf[InFlight]) -> Tensor | None:
         """Draw the next token of every sequence whose known tokens are complete.
 
         Returns:
@@ -185,19 +161,19 @@ class Engine:
             row.verdict = verdict
         return scores
 
-    def _commit(self, row: _InFlight, logits: Tensor) -> tuple[str, TokenEvent] | None:
+    def _commit(self, row: InFlight, logits: Tensor) -> tuple[str, TokenEvent] | None:
         """Take over what a step computed; None if there is nothing to tell yet."""
         sequence, completes = row.item.sequence, row.item.completes
         first = sequence.output_tokens == 0
         if sequence.sampling.prompt_logprobs is not None and first:
-            _score_prompt(row, logits)
+            score_prompt(row, logits)
         sequence.target.num_computed += row.item.num_tokens + len(row.block.token_ids)
         kept: tuple[int, ...] = ()
         text, logprobs = "", None
         if row.verdict is not None:
             committed = sequence.commit([*row.block.token_ids[: row.verdict.accepted], row.verdict.token_id])
             kept, text = committed.token_ids, committed.text
-            logprobs = _score(sequence, logits[row.first_drawn : row.first_drawn + len(kept)], kept)
+            logprobs = score(sequence, logits[row.first_drawn : row.first_drawn + len(kept)], kept)
             if row.block.token_ids:
                 sequence.speculation.add(len(row.block.token_ids), row.verdict.accepted)
         elif completes:
@@ -212,7 +188,7 @@ class Engine:
             text=text,
             token_ids=kept,
             logprobs=logprobs,
-            prompt_logprobs=_prompt_logprobs(sequence) if first else None,
+            prompt_logprobs=prompt_logprobs(sequence) if first else None,
             finish_reason=sequence.finish_reason,
             cached_tokens=sequence.cached_tokens or 0,
             speculation=sequence.speculation.stats() if sequence.finish_reason else None,
@@ -244,69 +220,15 @@ class Engine:
         )
 
 
-def _assemble(items: SequenceOf[Scheduled], drafts: SequenceOf[DraftBlock]) -> tuple[Batch, list[_InFlight]]:
-    """One ragged batch of every item's known tokens and its draft block."""
-    batch, rows = Batch(), []
-    for item, block in zip(items, drafts, strict=True):
-        sequence, start = item.sequence, item.sequence.target.num_computed
-        known = sequence.tokens[start : start + item.num_tokens]
-        wanted = len(block.token_ids) + 1 if item.completes else 0
-        if sequence.sampling.prompt_logprobs is not None and sequence.output_tokens == 0:
-            wanted = len(known) + len(block.token_ids)
-        logits = batch.add(sequence.target, [*known, *block.token_ids], num_wanted=wanted)
-        rows.append(_InFlight(item, block, logits, max(0, min(len(known), sequence.prompt_tokens - start))))
-    return batch, rows
-
-
-def _show(examiner: Examiner, rows: SequenceOf[_InFlight], scores: Tensor | None) -> None:
-    """Show every verified block with its part of ``scores``, which hold the rows that have a verdict."""
-    start = 0
-    for row in rows:
-        if row.verdict is None:
-            continue
-        stop = start + len(row.block.token_ids) + 1
-        if row.block.token_ids:
-            assert row.item.option is not None
-            own = None if scores is None else scores[start:stop]
-            request = row.item.sequence.request
-            examiner.on_block(request, row.item.option.source, row.block, row.verdict.accepted, own)
-        start = stop
-
-
-def _lenience(model: ServedModel, rows: SequenceOf[_InFlight]) -> Lenience | None:
+def _lenience(model: ServedModel, rows: SequenceOf[InFlight]) -> Lenience | None:
     if not any(row.item.sequence.is_lenient for row in rows):
         return None
     return Lenience([row.item.sequence.request.speculation.lenience for row in rows], model.lenience_form)
 
 
-def _score(sequence: Sequence, logits: Tensor, kept: SequenceOf[int]) -> tuple[TokenLogprob, ...] | None:
-    top = sequence.sampling.logprobs
-    if top is None:
-        return None
-    return tuple(token_logprobs(logits, kept, [top] * len(kept)))
-
-
-def _score_prompt(row: _InFlight, logits: Tensor) -> None:
-    """Collect log-probabilities of the prompt tokens that this chunk's logits predict."""
-    sequence, top = row.item.sequence, row.item.sequence.sampling.prompt_logprobs
-    assert top is not None
-    start = sequence.target.num_computed
-    following = sequence.tokens[start + 1 : start + row.item.num_tokens + 1]
-    if start == 0:
-        sequence.prompt_logprobs = [TokenLogprob(sequence.tokens[0], None)]
-    scored = logits[row.logits.start : row.logits.start + len(following)]
-    sequence.prompt_logprobs += token_logprobs(scored, following, [top] * len(following))
-
-
-def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprob, ...] | None:
-    if sequence.sampling.prompt_logprobs is None or sequence.choice != 0:
-        return None
-    return tuple(sequence.prompt_logprobs)
-
-
 def _step_stats(
     plan: StepPlan,
-    rows: SequenceOf[_InFlight],
+    rows: SequenceOf[InFlight],
     events: SequenceOf[tuple[str, TokenEvent]],
     phases: Mapping[str, float],
 ) -> StepStats:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from paceline.server.decoding.policy import MAX_DRAFT_TOKENS, Candidate, Decision, Policy, StepWork
 from paceline.server.decoding.lenience import LenienceForm
+from paceline.server.decoding.policy import MAX_DRAFT_TOKENS, Candidate, Decision, Policy, StepWork
 from paceline.server.decoding.verify import DraftBlock, Rule
 from paceline.server.engine.interface import ModelInfo, check_lenience
 from paceline.server.engine.proposers import EMPTY_BLOCK, NGRAM, DraftWork, Proposer

@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from paceline.server.decoding.lenience import Lenience, LenienceForm, match_likely
 from paceline.server.decoding.rows import Row
 from paceline.server.decoding.sampler import process
 from paceline.server.decoding.verify import (
     DraftBlock,
-    Lenience,
-    LenienceForm,
     Rule,
     Verdict,
-    match_likely,
     token_acceptance,
     verify,
     verify_token,
@@ -118,13 +116,13 @@ def test_greedy_accepts_what_is_nearly_as_likely_as_the_best() -> None:
     scores = torch.full((4, VOCAB), -9.0)
     scores[:, 0] = 0.0
     scores[0, 4], scores[1, 5], scores[2, 6] = math.log(0.8), math.log(0.5), math.log(0.3)
-    assert match_likely(scores, (4, 5, 6), 0.9) == Verdict(0, 0)
-    assert match_likely(scores, (4, 5, 6), 0.6) == Verdict(1, 0)
-    assert match_likely(scores, (4, 5, 6), 0.4) == Verdict(2, 0)
-    assert match_likely(scores, (4, 5, 6), 0.2) == Verdict(3, 0)
-    assert match_likely(scores, (0, 4), 1.0) == Verdict(1, 0)
+    assert match_likely(scores, (4, 5, 6), 0.9) == (0, 0)
+    assert match_likely(scores, (4, 5, 6), 0.6) == (1, 0)
+    assert match_likely(scores, (4, 5, 6), 0.4) == (2, 0)
+    assert match_likely(scores, (4, 5, 6), 0.2) == (3, 0)
+    assert match_likely(scores, (0, 4), 1.0) == (1, 0)
     scores[0, 4] = -math.inf
-    assert match_likely(scores, (4,), 1e-9) == Verdict(0, 0)
+    assert match_likely(scores, (4,), 1e-9) == (0, 0)
 
 
 def test_greedy_and_seeded_blocks_in_one_batch() -> None:

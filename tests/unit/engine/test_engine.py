@@ -256,7 +256,8 @@ def test_several_models_share_weights_blocks_and_steps(tiny_checkpoint):
     assert on_b[-1].cached_tokens > 0  # computed for "a", same weights
     assert on_c[-1].cached_tokens == 0
     order = [s.model for s in recorder.steps if s.model != "a"]
-    assert abs(order[:20].count("b") - order[:20].count("c")) <= 10
+    # Shares are of time, so the counts follow how long each step took; one after the other would be 20 to 0.
+    assert min(order[:20].count("b"), order[:20].count("c")) >= 2
     assert engine.kv_usage() == 0
 
 
