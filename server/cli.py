@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from paceline.server.config import DEFAULT_TARGET, keys, load_config
+from paceline.server.config import keys, load_config
 from paceline.server.config.flags import with_flags
 from paceline.server.errors import ConfigError
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig
-from paceline.server.decoding.policy import FixedPolicy, Policy
 from paceline.server.decoding.lenience import LenienceForm
+from paceline.server.decoding.policy import FixedPolicy, Policy
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.build import build_native
 from paceline.server.engine.engine import Engine

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tiny import Arch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Executor
+from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import Isa, Pool, usable_isas
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.dispatch import native_missing
 from paceline.kernels.formats import Format
 from paceline.server.models.config import parse_model_config

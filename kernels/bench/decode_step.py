@@ -24,8 +24,9 @@ import torch
 from paceline.kernels import reference
 from paceline.kernels.bench.ceiling import Reader
 from paceline.kernels.bench.shapes import SHAPES, executor, random_plan
-from paceline.kernels.cpu.executor import DecoderPlan, Executor
+from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import KernelsMissing, Pool
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import Format
 
 #: Committed results; used if the bench is run from a checkout.

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Executor, LayerPlan
+from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.cpu.memory import compact
+from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import Format, interleave_rows
 
 BLOCK_TOKENS = 16

@@ -1,12 +1,11 @@
-"""The CPU executor: a plan of a whole decoder built once, then one native call per ragged forward.
+"""The CPU executor: one native call per ragged forward of a ``plan.DecoderPlan``.
 
-``DecoderPlan`` describes the decoder with packed layers and shapes; ``Executor`` turns it into C structs that point
-into the plan's tensors (kept alive here) and runs batches. Knows nothing of requests, schedulers or checkpoints.
+Turns the plan into C structs that point into its tensors (kept alive here) and runs batches. Knows nothing of requests,
+schedulers or checkpoints.
 """
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,68 +22,10 @@ from paceline.kernels.cpu.library import (
     linear_struct,
     pointer,
 )
-from paceline.kernels.formats import LANES, PackedLinear
+from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
+from paceline.kernels.formats import LANES
 
 KV_CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One block. Norm weights are fp32, ``attention_norm`` None where there is none; ``gate_up`` has its rows
-    interleaved (``formats.interleave_rows``)."""
-
-    attention_norm: Tensor | None
-    mlp_norm: Tensor
-    qkv: PackedLinear
-    output: PackedLinear
-    gate_up: PackedLinear
-    down: PackedLinear
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class DecoderPlan:
-    """A decoder of the Llama family.
-
-    Attributes:
-        vocab: token ids that it reads, the rows of ``embedding``.
-        inv_freq: fp32 [head_dim / 2].
-        embedding: fp32 or bf16 [vocab, hidden].
-        head: one output per logit; ``vocab`` of them unless ``vocab_ids`` says otherwise.
-        final_norm: fp32 [hidden]; None where there is none.
-        vocab_ids: of a restricted vocabulary, the token id of each logit, ascending, int32 [head outputs].
-        fc: of a draft that reads states, [2 * hidden] -> [hidden]: its blocks get fc([embedding, feature]).
-    """
-
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    eps: float
-    rope_scale: float
-    inv_freq: Tensor
-    embedding: Tensor
-    final_norm: Tensor | None
-    head: PackedLinear
-    layers: tuple[LayerPlan, ...]
-    vocab_ids: Tensor | None = None
-    fc: PackedLinear | None = None
-
-    @property
-    def linears(self) -> list[PackedLinear]:
-        """In the order in which a forward reads them: fc, every layer's linears, the head."""
-        first = [] if self.fc is None else [self.fc]
-        blocks = [p for layer in self.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return [*first, *blocks, self.head]
-
-    @property
-    def bytes_per_forward(self) -> int:
-        """Weight bytes that a forward with logits reads."""
-        return sum(linear.num_bytes for linear in self.linears)
 
 
 class _Layer(ctypes.Structure):

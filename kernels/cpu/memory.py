@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, LayerPlan
+from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import PackedLinear
 
 _HUGE_PAGE = 2 << 20

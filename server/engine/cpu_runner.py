@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Executor, Span
+from paceline.kernels.cpu.executor import Executor, Span
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
 from paceline.server.engine.runner import spread

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import psutil
 
-from paceline.kernels.cpu.executor import DecoderPlan
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.server.models.packer import HEAD, LINEARS, PARTS, Packer, mix
 from paceline.server.models.quality import WINDOW_TOKENS, Judge, Quality, calibration_text, split
 from paceline.server.models.tensors import total_bytes

@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 
-from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.cpu.library import IsaUnavailable, Pool, best_isa
 from paceline.kernels.cpu.memory import compact
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.dispatch import native_missing
 from paceline.server.config.machine import Machine
 from paceline.server.errors import ConfigError

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, LayerPlan
+from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import PackedLinear
 from paceline.server.models.config import ModelConfig
 from paceline.server.models.sources import cache_dir

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
-from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import Format
 from paceline.server.models import config_note
 from paceline.server.models.checkpoint import Checkpoint

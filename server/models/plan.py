@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, LayerPlan
 from paceline.kernels.cpu.int8 import pack_rows
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import Format, PackedLinear, interleave_rows
 from paceline.server.models.config import EMBEDDING, FC, FINAL_NORM, HEAD, ModelConfig
 from paceline.server.models.native_form import Int8Rows

@@ -14,8 +14,9 @@ from importlib import resources
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Executor
+from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import LANES, padded
 
 #: The bar: mean KL in nats per position, and perplexity relative to that of fp32.

@@ -14,8 +14,8 @@ import torch
 from native_kernels import require_native
 from real_models import QWEN_CODER, SMOLLM2
 
-from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.server.models.auto_weights import calibration_windows
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.config import parse_model_config

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from paceline.draftmodels.cli import export
 from paceline.draftmodels.export import export_artifact
-from paceline.kernels.cpu.executor import DecoderPlan
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.server.errors import ArtifactError, ConfigError, ModelNotFoundError
 from paceline.server.models.loader import ModelLoader
 from paceline.server.models.manifest import read_manifest

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from native_kernels import BLOCK_TOKENS, TINY_SHAPES, Running, executor, load_plan, pool, run_alone
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Span
+from paceline.kernels.cpu.executor import Span
 from paceline.kernels.cpu.library import Isa
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import FORMATS
 
 NAN_BYTE = 255

@@ -14,7 +14,8 @@ from native_drafts import write_feature_draft
 from native_kernels import BLOCK_TOKENS, load_plan, pool
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, Executor, Span
+from paceline.kernels.cpu.executor import Executor, Span
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import FORMATS, Format
 from paceline.server.models.checkpoint import open_checkpoint, read_json
 from paceline.server.models.config import parse_model_config, restricted

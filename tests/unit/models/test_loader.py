@@ -14,7 +14,7 @@ import torch
 from conftest import TinyCheckpoint
 from native_kernels import pool, require_native
 
-from paceline.kernels.cpu.executor import DecoderPlan
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import PackedLinear
 from paceline.server.config.machine import Machine
 from paceline.server.errors import ArtifactError, ConfigError

@@ -13,7 +13,7 @@ from native_drafts import EMBEDDING, HEAD, IDS, Tensors, write_draft
 from native_kernels import load_plan, pool, require_native, run_alone
 from safetensors.torch import load_file, save_file
 
-from paceline.kernels.cpu.executor import DecoderPlan
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.server.errors import ArtifactError, UnsupportedModelError, UserError
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.config import parse_model_config

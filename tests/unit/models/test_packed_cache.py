@@ -11,7 +11,7 @@ from conftest import TinyCheckpoint
 from native_kernels import load_plan, require_native
 from torch import Tensor
 
-from paceline.kernels.cpu.executor import DecoderPlan, LayerPlan
+from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import Format, PackedLinear
 from paceline.server.models import packed_cache
 from paceline.server.models.checkpoint import read_json

@@ -9,8 +9,8 @@ import torch
 from conftest import TinyCheckpoint
 from native_kernels import load_plan, pool, require_native, run_alone
 
-from paceline.kernels.cpu.executor import DecoderPlan
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.server.models.packer import FIRST, HEAD, LAST, LINEARS, mix
 from paceline.server.models.quality import Judge, Quality, calibration_text, split
 from paceline.server.models.tokenizer import load_tokenizer
