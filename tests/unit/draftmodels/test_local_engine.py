@@ -222,7 +222,9 @@ def test_swapping_the_draft_keeps_the_target_and_reads_the_folder_anew(
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-        write_draft(folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [], int8=True)
+        write_draft(
+            folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [], int8=True
+        )
         engine.use_draft(folder)
         taus.append(engine.measure(PROMPTS, temperature=0.0, max_tokens=25, draft_tokens=3).tau)
     assert loaded == [folder] * 3
@@ -362,7 +364,7 @@ class Scripted:
 
 def test_of_what_the_target_writes_only_prompts_are_kept(local: Local) -> None:
     engine = local()
-    space, *ends = engine.tokenizer.encode(" "), [EOS_ID]
+    space, ends = engine.tokenizer.encode(" "), [EOS_ID]
     said = [[30, 31, *ends], [32, 33], [*space, *ends], ends, [30, 31, *ends], [34] * 90 + ends, [35, *ends]]
     found = self_prompts(Scripted(engine, *said), 2, seed=0, max_prompt_tokens=80)
     words = [engine.tokenizer.decode([30, 31]), engine.tokenizer.decode([35])]
