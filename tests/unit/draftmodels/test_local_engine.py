@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from paceline.draftmodels.acceptance import Acceptance, BlockCounter
 from paceline.draftmodels.data.seeds import derive_seed
-from paceline.draftmodels.data.self_prompts import self_prompts
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.local_engine import LocalEngine
 from paceline.server.engine.interface import StepStats
@@ -33,23 +32,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture
 def near(tiny_checkpoint: TinyCheckpoint) -> Path:
     return tiny_checkpoint("llama", perturb=0.1)
-
-
-@pytest.fixture
-def local(target: Path) -> Local:
-    def make(model: Path = target, **options: Any) -> LocalEngine:
-        return LocalEngine(
-            model, **{"weights": "fp32", "threads": 1, "streams": 3, "device": "cpu"} | options
-        )
-
-    return make
 
 
 def answers(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
@@ -331,47 +315,6 @@ def test_an_interrupted_call_leaves_no_trace(local: Local) -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.generate(PROMPTS, temperature=1.0, max_tokens=9, seed=0, progress=stop)
     assert engine.generate(PROMPTS, temperature=1.0, max_tokens=9, seed=0) == before
-
-
-def test_the_target_writes_its_own_prompts(
-    kernels: str, local: Local, tiny_checkpoint: TinyCheckpoint
-) -> None:
-    engine = local(tiny_checkpoint("llama", vocab_size=60), streams=16)  # so few ids that turns end often
-    found = self_prompts(engine, 12, seed=2, max_prompt_tokens=200)
-    assert found == self_prompts(engine, 12, seed=2, max_prompt_tokens=200)
-    assert found != self_prompts(engine, 12, seed=3, max_prompt_tokens=200)
-    assert len({p.tokens for p in found}) == 12
-    template = engine.tokenizer.apply_chat_template([{"role": "user", "content": "Q"}])
-    middle = engine.tokenizer.encode("Q")[0]
-    before, after = template[: template.index(middle)], template[template.index(middle) + 1 :]
-    for prompt in found:
-        assert list(prompt.tokens[: len(before)]) == before
-        assert list(prompt.tokens[-len(after) :]) == after
-        assert len(before) + len(after) < len(prompt.tokens) <= 200
-        assert prompt.category == "self"
-
-
-class Scripted:
-    """A target that says what it is told to, again and again."""
-
-    def __init__(self, engine: LocalEngine, *texts: Sequence[int]) -> None:
-        self.tokenizer, self._texts = engine.tokenizer, texts
-
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[TokenSequence]:
-        texts = [self._texts[i % len(self._texts)] for i in range(len(prompts))]
-        return [TokenSequence((*p, *text), len(p)) for p, text in zip(prompts, texts, strict=True)]
-
-
-def test_of_what_the_target_writes_only_prompts_are_kept(local: Local) -> None:
-    engine = local()
-    space, ends = engine.tokenizer.encode(" "), [EOS_ID]
-    said = [[30, 31, *ends], [32, 33], [*space, *ends], ends, [30, 31, *ends], [34] * 90 + ends, [35, *ends]]
-    found = self_prompts(Scripted(engine, *said), 2, seed=0, max_prompt_tokens=80)
-    words = [engine.tokenizer.decode([30, 31]), engine.tokenizer.decode([35])]
-    wanted = [engine.tokenizer.apply_chat_template([{"role": "user", "content": w}]) for w in words]
-    assert [list(prompt.tokens) for prompt in found] == wanted
-    with pytest.raises(DataError, match="0 usable prompts in 32 attempts"):
-        self_prompts(Scripted(engine, ends), 5, seed=0)
 
 
 def test_shared_head_and_embedding_come_from_the_target(local: Local, target: Path, tmp_path: Path) -> None:
