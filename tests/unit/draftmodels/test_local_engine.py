@@ -49,7 +49,7 @@ def test_generation_is_that_of_single_requests(
     assert [s.tokens[: s.prompt_tokens] for s in together] == [tuple(p) for p in PROMPTS]
     served = tiny_engine(spec(target))
     for i, sequence in enumerate(together):
-        wish = {"temperature": temperature, "max_tokens": 20, "seed": derive_seed(11, i)}
+        wish: dict[str, Any] = {"temperature": temperature, "max_tokens": 20, "seed": derive_seed(11, i)}
         (alone,) = tokens(served, request(PROMPTS[i], **wish, speculation=NO_DRAFT))
         assert sequence.answer == tuple(alone)
     assert engine.generate(PROMPTS[:2], temperature=temperature, max_tokens=20, seed=11) == together[:2]
@@ -166,7 +166,8 @@ def following(model: Path, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Next-token distributions, float64 [texts, vocab]."""
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        return decoder(torch.tensor(texts)).logits[:, -1].double().softmax(-1)
+        logits: torch.Tensor = decoder(torch.tensor(texts)).logits[:, -1].double()
+    return logits.softmax(-1)
 
 
 def test_blocks_cut_short_are_examined_no_further_than_they_go() -> None:
