@@ -3,11 +3,9 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -42,19 +40,6 @@ def small_forwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "ROWS", 48)
     monkeypatch.setattr(module, "_CHUNK_ROWS", 5)
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture
-def local(target: Path) -> Callable[..., LocalEngine]:
-    def make(**options: Any) -> LocalEngine:
-        return LocalEngine(target, **{"weights": "fp32", "threads": 2, "device": "cpu"} | options)
-
-    return make
 
 
 def oracle(target: Path, one: TokenSequence, temperature: float) -> tuple[Tensor, Tensor]:
