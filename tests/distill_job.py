@@ -38,7 +38,9 @@ class Text:
         self.drafts.append(draft)
         generator = torch.Generator().manual_seed(round_)
         lengths = torch.randint(6, 14, (6,), generator=generator).tolist()
-        return [TokenSequence(tuple(torch.randint(300, (n,), generator=generator).tolist()), 3) for n in lengths]
+        return [
+            TokenSequence(tuple(torch.randint(300, (n,), generator=generator).tolist()), 3) for n in lengths
+        ]
 
 
 class Teaching:

@@ -122,7 +122,9 @@ class _Job:
         return self.ranks.from_main(None if text is None else self._chosen(text, self.recipe.draft_vocab))
 
     def _chosen(self, text: EngineText, size: int) -> Tensor:
-        teacher = Teacher(self.local, None, top_k=min(TOP_K, self.local.config.vocab_size), dtype=torch.float32)
+        teacher = Teacher(
+            self.local, None, top_k=min(TOP_K, self.local.config.vocab_size), dtype=torch.float32
+        )
         tokenizer = self.local.tokenizer
         ids, mass = expected_vocabulary(
             teacher.rows(text.by_target(0)),

@@ -103,7 +103,9 @@ class Trainer:
         state: how far the job is.
     """
 
-    def __init__(self, recipe: Recipe, new: NewDraft, run: Path, parts: Parts, loaded: Loaded | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, new: NewDraft, run: Path, parts: Parts, loaded: Loaded | None = None
+    ) -> None:
         self._recipe, self._new, self._run, self._parts = recipe, new, run, parts
         self._device = torch.device(recipe.device)
         self._draft = new.draft.to(self._device)
@@ -193,7 +195,11 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         batch = self._batch(entries) if entries else None
         totals = self._totals(batch)
-        figures = self._forward_backward(batch, totals, used) if batch else [StepFigures(0, 0, 0.0, 0.0)] * len(totals)
+        figures = (
+            self._forward_backward(batch, totals, used)
+            if batch
+            else [StepFigures(0, 0, 0.0, 0.0)] * len(totals)
+        )
         self._parts.ranks.sum_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.grad_clip)
         self._optimizer.step()
@@ -235,7 +241,9 @@ class Trainer:
         alphas = [alpha / max(rows, 1) for _, rows, _, alpha in parts]
         state.labels_outside += int(skipped_sum)
         previous = state.running_alpha or alphas
-        state.running_alpha = [old + _RUNNING * (new - old) for old, new in zip(previous, alphas, strict=True)]
+        state.running_alpha = [
+            old + _RUNNING * (new - old) for old, new in zip(previous, alphas, strict=True)
+        ]
         self._count_time()
         weights = self._objective.step_weights
         line = {

@@ -69,7 +69,9 @@ def test_top_k_of_everything_is_the_dense_teacher() -> None:
         output.grad = None
     top = log_p.topk(VOCAB - 1)
     rest = log_p.min(-1).values
-    figures = objective.backward(outputs, head, TeacherBatch(top.values, top.indices, rest), STEP_ROWS, labels)
+    figures = objective.backward(
+        outputs, head, TeacherBatch(top.values, top.indices, rest), STEP_ROWS, labels
+    )
     for one, output in zip(dense, outputs, strict=True):
         torch.testing.assert_close(output.grad, one)
     assert figures[0].alpha < ROWS
@@ -82,7 +84,12 @@ def test_totals_of_all_ranks_make_summed_gradients_those_of_one_process() -> Non
     for half in halves:
         count = half.stop - half.start
         objective.backward(
-            [outputs[0][half]], head, TeacherBatch(log_p[half]), [torch.arange(count)], labels[half], totals=[ROWS]
+            [outputs[0][half]],
+            head,
+            TeacherBatch(log_p[half]),
+            [torch.arange(count)],
+            labels[half],
+            totals=[ROWS],
         )
     summed = outputs[0].grad
     whole = problem()[0][0]
