@@ -34,7 +34,9 @@ def eagle_config(checkpoint: "NativeCheckpoint") -> dict[str, Any]:
             f"{checkpoint.path} cannot be exported standalone: vLLM's eagle method runs blocks of the types "
             f"{' and '.join(_AS_LLAMA)} without sliding windows, and its type is {config['model_type']}"
         )
-    kept = {k: v for k, v in config.items() if k not in (READS_STATE, "dtype", *(_QWEN_ONLY if extra else ()))}
+    kept = {
+        k: v for k, v in config.items() if k not in (READS_STATE, "dtype", *(_QWEN_ONLY if extra else ()))
+    }
     plain = {"architectures": [EAGLE_ARCHITECTURE], "model_type": "llama", "torch_dtype": "bfloat16"}
     return kept | extra | plain | {"tie_word_embeddings": False}
 

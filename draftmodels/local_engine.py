@@ -5,39 +5,36 @@ engine with an empty cache over the same weights, so that its result is a functi
 target stays loaded when the draft is swapped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from paceline.draftmodels.acceptance import Acceptance, BlockCounter, Commits
-from paceline.draftmodels.data.seeds import derive_seed
+from paceline.draftmodels.acceptance import Acceptance, BlockCounter
 from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.stepping import Progress, make_requests, run, sequences, torch_threads
 from paceline.kernels.cpu.library import Pool
 from paceline.server.config import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig, resolve
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.build import Parts, Wiring, load_draft, load_parts, make_loader, wire
-from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
-from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
-from paceline.server.errors import ConfigError, DataError
+from paceline.server.engine.interface import Tokenizer
+from paceline.server.engine.request import SamplingParams, SpeculationParams
+from paceline.server.errors import ConfigError
 from paceline.server.models.config import ModelConfig
 from paceline.server.models.loader import LoadedModel
 
 Weights = Literal["auto", "fp32", "bf16", "int8"]
-#: Told (done, total) requests.
-Progress = Callable[[int, int], None]
 
 _NAME = "local"
 #: The KV cache has room for this many tokens of every stream; longer ones wait for each other.
-_TOKENS_PER_STREAM = 1024
+_TOKENS_PER_STREAM = 512
 #: As good as 0: p^e is 1 for every p > 0 in float64, so that every proposed token is accepted.
 _TAKES_ALL = 1e-30
-#: Draft tokens per block where everything is accepted: nine in ten tokens are then the draft's.
+#: Draft tokens per block where everything is accepted: eight in nine tokens are then the draft's.
 _LENIENT_BLOCK = 8
 _NO_DRAFT = SpeculationParams(enabled=False)
 
@@ -77,7 +74,7 @@ class LocalEngine:
         engine = EngineConfig(device=device, threads=threads, max_running=streams)
         config = resolve(PacelineConfig(engine=engine, models=(spec,)))
         self._engine = config.engine
-        with _torch_threads(torch.get_num_threads()):  # making a loader changes it
+        with torch_threads(torch.get_num_threads()):  # making a loader changes it
             self._loader = make_loader(config.engine)
             self._target = load_parts(config.models[0], self._loader)
         self._parts = self._target
@@ -123,7 +120,7 @@ class LocalEngine:
     @property
     def context_length(self) -> int:
         """Longest sequence, tokens: what target and draft both allow."""
-        return self._info.context_length
+        return _context_length(self._ready)
 
     def use_draft(self, folder: Path | None) -> None:
         """Serve with another draft, read anew from ``folder``, or with none; the target stays loaded.
@@ -139,9 +136,8 @@ class LocalEngine:
             with self.exclusive():
                 draft = load_draft(spec, parts.target, parts.tokenizer, self._loader, fleeting=True)
             parts = replace(parts, spec=spec, draft=draft)
-        self._parts, self._alone = parts, None
-        self._wiring = None  # the old KV memory goes before the new comes
-        self._wiring = self._wired(parts)
+        if parts is not self._parts:
+            self._parts, self._wiring, self._alone = parts, None, None
 
     def generate(
         self,
@@ -169,8 +165,7 @@ class LocalEngine:
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, stop_token_ids=tuple(stop_token_ids)
         )
-        requests = self._requests(prompts, sampling, _NO_DRAFT, seed)
-        return _sequences(requests, self._run(self._ready, requests, progress))
+        return self._text(self._ready, prompts, sampling, progress, request_seed=seed)
 
     def generate_from_draft(
         self,
@@ -200,11 +195,9 @@ class LocalEngine:
         """
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         if lenient_block is None and not self._parts.reads_states:
-            requests = self._requests(prompts, sampling, _NO_DRAFT, seed)
-            return _sequences(requests, self._run(self._draft_alone(), requests, progress))
+            return self._text(self._draft_alone(), prompts, sampling, progress, request_seed=seed)
         wish = self._speculation(lenient_block or _LENIENT_BLOCK, lenience=_TAKES_ALL)
-        requests = self._requests(prompts, sampling, wish, None)
-        return _sequences(requests, self._run(self._ready, requests, progress, seed=seed))
+        return self._text(self._ready, prompts, sampling, progress, wish, engine_seed=seed)
 
     def measure(
         self,
@@ -232,30 +225,44 @@ class LocalEngine:
             ConfigError: there is no draft, or blocks are longer than the engine's limit.
         """
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-        requests = self._requests(prompts, sampling, self._speculation(draft_tokens), None)
-        blocks = BlockCounter(draft_tokens)
-        commits = self._run(self._ready.with_rule(rule), requests, progress, seed=seed, observer=blocks)
-        return blocks.acceptance(commits)
+        wish, blocks = self._speculation(draft_tokens), BlockCounter(draft_tokens)
+        requests = make_requests(_NAME, prompts, sampling, wish, None, self.context_length)
+        engine = self._ready.with_rule(rule).engine(blocks, seed=seed)
+        with self.exclusive():
+            return blocks.acceptance(run(engine, requests, progress))
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """While the CPU kernels work, torch keeps to one thread: two pools would spin against each other."""
-        with _torch_threads(torch.get_num_threads() if self.pool is None else 1):
+        with torch_threads(torch.get_num_threads() if self.pool is None else 1):
             yield
 
     def close(self) -> None:
         """Let go of weights and KV memory; the engine cannot be used afterwards."""
-        self._wiring = self._alone = None
-        del self._parts, self._target, self._loader
+        del self._wiring, self._alone, self._parts, self._target, self._loader
 
     @property
     def _ready(self) -> Wiring:
-        assert self._wiring is not None, "the engine is closed"
+        """Target and draft over KV memory, which is taken at the first call."""
+        if self._wiring is None:
+            self._wiring = self._wired(self._parts)
         return self._wiring
 
-    @property
-    def _info(self) -> ModelInfo:
-        return self._ready.served[_NAME].info
+    def _text(
+        self,
+        wiring: Wiring,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        progress: Progress | None,
+        wish: SpeculationParams = _NO_DRAFT,
+        *,
+        request_seed: int | None = None,
+        engine_seed: int = 0,
+    ) -> list[TokenSequence]:
+        requests = make_requests(_NAME, prompts, sampling, wish, request_seed, _context_length(wiring))
+        with self.exclusive():
+            commits = run(wiring.engine(BlockCounter(), seed=engine_seed), requests, progress)
+        return sequences(requests, commits)
 
     def _draft_weights(self, weights: Weights) -> Weights:
         return "int8" if weights == "auto" and self.pool is not None else weights
@@ -286,70 +293,6 @@ class LocalEngine:
             self._alone = self._wired(Parts(spec, self.tokenizer, draft, None))
         return self._alone
 
-    def _requests(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        speculation: SpeculationParams,
-        seed: int | None,
-    ) -> list[Request]:
-        """One request per prompt, named by its number."""
-        made, context = [], self.context_length
-        for i, prompt in enumerate(prompts):
-            room = context - len(prompt)
-            if not prompt or room < 1:
-                raise DataError(
-                    f"prompt {i} has {len(prompt)} tokens, but must have at least 1 and leave room for an answer in "
-                    f"the context of {context}"
-                )
-            own = replace(
-                sampling,
-                max_tokens=min(sampling.max_tokens, room),
-                seed=None if seed is None else derive_seed(seed, i),
-            )
-            made.append(Request(str(i), _NAME, tuple(prompt), own, speculation))
-        return made
 
-    def _run(
-        self,
-        wiring: Wiring,
-        requests: Sequence[Request],
-        progress: Progress | None,
-        *,
-        seed: int = 0,
-        observer: EngineObserver | None = None,
-    ) -> list[Commits]:
-        """Step a new engine until all requests are done."""
-        engine = wiring.engine(observer or BlockCounter(), seed=seed)
-        commits: dict[str, Commits] = {request.id: [] for request in requests}
-        done = 0
-        with self.exclusive():
-            for request in requests:
-                engine.check(request)
-                engine.submit(request)
-            while engine.has_work:
-                for request_id, event in engine.step():
-                    commits[request_id].append(event.token_ids)
-                    if event.finish_reason is not None:
-                        done += 1
-                        if progress is not None:
-                            progress(done, len(requests))
-        return list(commits.values())
-
-
-def _sequences(requests: Sequence[Request], commits: Sequence[Commits]) -> list[TokenSequence]:
-    return [
-        TokenSequence((*request.prompt_ids, *chain.from_iterable(own)), len(request.prompt_ids))
-        for request, own in zip(requests, commits, strict=True)
-    ]
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """``count`` torch threads inside, as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _context_length(wiring: Wiring) -> int:
+    return wiring.served[_NAME].info.context_length

@@ -140,7 +140,7 @@ class Teacher:
             yield one
             return
         with ThreadPoolExecutor(pool.threads) as threads:
-            yield lambda logits: _stacked(list(threads.map(one, logits.split(_CHUNK_ROWS))))
+            yield lambda logits: _stacked(list(threads.map(one, torch.split(logits, _CHUNK_ROWS))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +231,10 @@ class _Columns:
 
     def split(self, counts: Sequence[int]) -> "list[_Columns]":
         """Row by row parts of the given sizes."""
-        log_p = self.log_p.split(list(counts))
+        log_p = torch.split(self.log_p, list(counts))
         if self.ids is None or self.log_rest is None:
             return [_Columns(part, None, None) for part in log_p]
-        others = zip(log_p, self.ids.split(list(counts)), self.log_rest.split(list(counts)), strict=True)
+        others = zip(log_p, *(torch.split(t, list(counts)) for t in (self.ids, self.log_rest)), strict=True)
         return [_Columns(*part) for part in others]
 
 

@@ -15,6 +15,7 @@ from paceline.server.decoding.verify import LenienceForm
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.build import build_native
 from paceline.server.engine.engine import Engine
+from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import ModelInfo, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks, MemberLayout
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
@@ -229,6 +230,7 @@ def table_engine(
     min_lenience: float = 1.0,
     lenience_form: LenienceForm = "exp",
     observer: Recorder | None = None,
+    examiner: Examiner | None = None,
 ) -> Engine:
     """An engine over table models; ``draft`` None means n-gram proposals only, ``draft_ids`` restricts the draft,
     ``reads_states`` makes it one that reads the target's."""
@@ -257,4 +259,4 @@ def table_engine(
     served = {"m": ServedModel(info, runner, proposers, policy or FixedPolicy(), rule, lenience_form)}
     blocks = KvBlocks(num_blocks)
     scheduler = Scheduler(served, blocks, max_batch_tokens=4096, max_running=512)
-    return Engine(served, blocks, scheduler, observer or Recorder(), seed=seed)
+    return Engine(served, blocks, scheduler, observer or Recorder(), seed=seed, examiner=examiner)

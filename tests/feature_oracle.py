@@ -1,7 +1,9 @@
 """Drafts that read states, computed whole by transformers: every block from the first token on, without any cache."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from native_drafts import EMBEDDING, HEAD
@@ -28,11 +30,15 @@ class _Int8(nn.Module):
         return reference.linear(x.reshape(-1, x.shape[-1]), self._layer).view(*x.shape[:-1], -1)
 
 
+@cache
+def _model(folder: Path) -> Any:
+    return AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
 def target_states(target: Path, tokens: Sequence[int]) -> Tensor:
     """The target's states after its final norm, fp32 [tokens, hidden]."""
-    model = AutoModel.from_pretrained(target, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
-        states: Tensor = model(torch.tensor([list(tokens)])).last_hidden_state[0]
+        states: Tensor = _model(target)(torch.tensor([list(tokens)])).last_hidden_state[0]
     return states
 
 
@@ -43,7 +49,9 @@ class FeatureOracle:
         checkpoint = NativeCheckpoint(folder, open_checkpoint(target))
         tensors = {name: checkpoint.tensor(name).float() for name in checkpoint.tensor_names()}
         if format == "bf16":
-            tensors = {n: t if "norm" in n or "bias" in n else t.bfloat16().float() for n, t in tensors.items()}
+            tensors = {
+                n: t if "norm" in n or "bias" in n else t.bfloat16().float() for n, t in tensors.items()
+            }
         self._embedding = tensors[EMBEDDING] if format == "fp32" else tensors[EMBEDDING].bfloat16().float()
         self._fc, self._head = _linear(tensors[FC], format), _linear(tensors[HEAD], format)
         self._ids = checkpoint.draft_vocab

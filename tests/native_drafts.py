@@ -105,8 +105,11 @@ def write_near_feature_draft(
 
 def feature_config(target: Path, layers: int) -> dict[str, Any]:
     """``config.json`` of a draft that reads the target's states."""
-    config: dict[str, Any] = json.loads((target / "config.json").read_text())
-    return config | {"num_hidden_layers": layers, "tie_word_embeddings": False, "reads_target_state": True}
+    return open_checkpoint(target).hf_config | {
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": False,
+        "reads_target_state": True,
+    }
 
 
 def _write(

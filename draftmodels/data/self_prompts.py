@@ -105,11 +105,11 @@ def _take(
     max_prompt_tokens: int,
     found: dict[str, Prompt],
 ) -> None:
-    """Keep a sampled text that came to its end, is not empty, not known yet and not too long."""
+    """Keep a sampled text, once, if it came to its end and is neither empty nor too long."""
     if not sequence.answer or sequence.answer[-1] not in stops:
         return
     text = tokenizer.decode(sequence.answer[:-1]).strip()
-    if not text or text in found:
+    if not text:
         return
     tokens = tuple(tokenizer.apply_chat_template([{"role": "user", "content": text}]))
     if len(tokens) <= max_prompt_tokens:

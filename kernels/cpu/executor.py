@@ -273,7 +273,9 @@ class Executor:
         features: Tensor | None,
         states: Tensor | None,
     ) -> "_BatchArrays":
-        assert (features is None) == (self._plan.fc is None), "a plan with an fc needs features, others have none"
+        assert (features is None) == (self._plan.fc is None), (
+            "a plan with an fc needs features, others have none"
+        )
         for matrix, rows in ((features, len(tokens)), (states, len(wanted))):
             assert matrix is None or matrix.shape == (rows, self._plan.hidden)
             assert matrix is None or (matrix.dtype is torch.float32 and matrix.is_contiguous())

@@ -81,9 +81,7 @@ def sampling_params(
     )
 
 
-def speculation_params(
-    wish: SpeculationBody | None, model: ModelInfo, *, seeded: bool
-) -> SpeculationParams:
+def speculation_params(wish: SpeculationBody | None, model: ModelInfo, *, seeded: bool) -> SpeculationParams:
     """A request's wishes for speculation, checked against what the model can do.
 
     Raises:

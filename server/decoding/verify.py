@@ -2,8 +2,8 @@
 
 Owns the three exact rules and the lossy one. Greedy and seeded choices compare the draft with the tokens the
 target would have chosen (coupled verification, Daliri et al. 2408.07978); unseeded sampled choices use the
-token-wise rule of speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) or block verification (Sun et al.
-2403.10444). Whatever the draft proposed, committed tokens follow the target's processed distribution. Only
+token-wise rule of speculative sampling (Leviathan et al. 2211.17192, Chen et al. 2302.01318) or block verification
+(Sun et al. 2403.10444). Whatever the draft proposed, committed tokens follow the target's processed distribution. Only
 lenience (DistillSpec, 2310.08461), where a request asks for it, trades that for acceptance.
 
 Words: *accepted* draft tokens are kept; after the first rejection comes one *recovered* token; after a block

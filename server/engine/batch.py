@@ -1,4 +1,7 @@
-"""One ragged batch for one member: which tokens run, where their K and V go, which rows need logits. Of tensors it only carries features."""
+"""One ragged batch for one member: which tokens run, where their K and V go, which rows need logits.
+
+The only tensor is what a draft that reads states gets from whoever made the batch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -20,6 +20,7 @@ from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
+from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
 from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -42,10 +43,13 @@ _AUTO_MEMORY_SHARE = 0.25
 _T = TypeVar("_T")
 
 
-def build_engine(config: PacelineConfig, observer: EngineObserver) -> NativeEngine:
+def build_engine(
+    config: PacelineConfig, observer: EngineObserver, examiner: Examiner | None = None
+) -> NativeEngine:
     """An engine that loads when started; ``config`` must be resolved (device and threads not "auto")."""
     return NativeEngine(
-        lambda: build_native(config, observer), max_queued_requests=config.server.max_queued_requests
+        lambda: build_native(config, observer, examiner),
+        max_queued_requests=config.server.max_queued_requests,
     )
 
 
@@ -97,11 +101,12 @@ class Wiring:
     num_blocks: int
     config: EngineConfig
 
-    def engine(self, observer: EngineObserver, *, seed: int) -> Engine:
+    def engine(self, observer: EngineObserver, *, seed: int, examiner: Examiner | None = None) -> Engine:
         """An engine over the wired models; one at a time, as they share the KV memory.
 
         Args:
             seed: of the generator for unseeded sampling.
+            examiner: shown every verified block.
         """
         blocks = KvBlocks(self.num_blocks, prefix_caching=self.config.prefix_caching)
         scheduler = Scheduler(
@@ -110,14 +115,16 @@ class Wiring:
             max_batch_tokens=self.config.max_batch_tokens,
             max_running=self.config.max_running,
         )
-        return Engine(self.served, blocks, scheduler, observer, seed=seed)
+        return Engine(self.served, blocks, scheduler, observer, seed=seed, examiner=examiner)
 
     def with_rule(self, rule: Rule) -> "Wiring":
         """The same models and memory, with another rule of verification for unseeded sampling."""
         return replace(self, served={name: replace(model, rule=rule) for name, model in self.served.items()})
 
 
-def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngine:
+def build_native(
+    config: PacelineConfig, observer: EngineObserver, examiner: Examiner | None = None
+) -> BuiltEngine:
     """Load everything and wire it; blocks for as long as that takes.
 
     Raises:
@@ -125,7 +132,8 @@ def build_native(config: PacelineConfig, observer: EngineObserver) -> BuiltEngin
     """
     loader = make_loader(config.engine)
     wiring = wire([load_parts(spec, loader) for spec in config.models], config.engine, loader)
-    engine = wiring.engine(observer, seed=int.from_bytes(os.urandom(7), "big"))
+    seed = int.from_bytes(os.urandom(7), "big")
+    engine = wiring.engine(observer, seed=seed, examiner=examiner)
     return BuiltEngine(engine, {name: model.info for name, model in wiring.served.items()})
 
 
@@ -275,6 +283,7 @@ def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine:
         max_draft_tokens=spec.speculation.max_draft_tokens,
         min_lenience=spec.speculation.min_lenience,
         system_fingerprint=_fingerprint(target.key),
+        weights_keys=tuple(loaded.key for _, loaded in parts.members),
     )
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(

@@ -16,6 +16,7 @@ from paceline.server.decoding.logprobs import token_logprobs
 from paceline.server.decoding.sampler import process
 from paceline.server.decoding.verify import DraftBlock, Lenience, Verdict, match_prefix, verify
 from paceline.server.engine.batch import Batch
+from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, FinishedReason, Load, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.proposers import make_row
@@ -64,6 +65,7 @@ class Engine:
         scheduler: owner of the queues, over the same pool.
         observer: told about every step and finished choice.
         seed: of the generator for unseeded sampling.
+        examiner: shown every verified block, outside the times that the policy and the observer are told.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Engine:
         observer: EngineObserver,
         *,
         seed: int,
+        examiner: Examiner | None = None,
     ) -> None:
         self._models, self._blocks = models, blocks
+        self._examiner = examiner
         self._scheduler, self._observer = scheduler, observer
         device = next(iter(models.values())).runner.device
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -134,20 +138,26 @@ class Engine:
         batch, rows = _assemble(plan.items, drafts)
         logits = model.runner.forward(batch)
         clock.mark("forward")
-        self._verify(model, logits, rows)
+        scores = self._verify(model, logits, rows)
         clock.mark("sample")
         events = [event for row in rows if (event := self._commit(row, logits)) is not None]
         clock.mark("commit")
         model.learn([row.outcome for row in rows], clock.phases)
         self._scheduler.charge(plan.model, clock.total)
         self._observer.on_step(_step_stats(plan, rows, events, clock.phases))
+        if self._examiner is not None:
+            _show(self._examiner, rows, scores)
         return events
 
-    def _verify(self, model: ServedModel, logits: Tensor, rows: SequenceOf[_InFlight]) -> None:
-        """Draw the next token of every sequence whose known tokens are complete."""
+    def _verify(self, model: ServedModel, logits: Tensor, rows: SequenceOf[_InFlight]) -> Tensor | None:
+        """Draw the next token of every sequence whose known tokens are complete.
+
+        Returns:
+            The processed scores it drew from, sequence after sequence; None if it needed none.
+        """
         drawing = [row for row in rows if row.item.completes and row.item.sequence.max_tokens > 0]
         if not drawing:
-            return
+            return None
         index = [i for row in drawing for i in range(row.first_drawn, row.logits.stop)]
         chosen = logits if len(index) == len(logits) else logits[index]
         if all(row.is_exact_argmax for row in drawing):
@@ -155,7 +165,7 @@ class Engine:
             for row in drawing:
                 drafted = row.block.token_ids
                 row.verdict = match_prefix([next(outputs) for _ in range(len(drafted) + 1)], drafted)
-            return
+            return None
         states = [
             make_row(row.item.sequence, row.block.token_ids[:i])
             for row in drawing
@@ -172,6 +182,7 @@ class Engine:
         )
         for row, verdict in zip(drawing, verdicts, strict=True):
             row.verdict = verdict
+        return scores
 
     def _commit(self, row: _InFlight, logits: Tensor) -> tuple[str, TokenEvent] | None:
         """Take over what a step computed; None if there is nothing to tell yet."""
@@ -244,6 +255,21 @@ def _assemble(items: SequenceOf[Scheduled], drafts: SequenceOf[DraftBlock]) -> t
         logits = batch.add(sequence.target, [*known, *block.token_ids], num_wanted=wanted)
         rows.append(_InFlight(item, block, logits, max(0, min(len(known), sequence.prompt_tokens - start))))
     return batch, rows
+
+
+def _show(examiner: Examiner, rows: SequenceOf[_InFlight], scores: Tensor | None) -> None:
+    """Show every verified block with its part of ``scores``, which hold the rows that have a verdict."""
+    start = 0
+    for row in rows:
+        if row.verdict is None:
+            continue
+        stop = start + len(row.block.token_ids) + 1
+        if row.block.token_ids:
+            assert row.item.option is not None
+            own = None if scores is None else scores[start:stop]
+            request = row.item.sequence.request
+            examiner.on_block(request, row.item.option.source, row.block, row.verdict.accepted, own)
+        start = stop
 
 
 def _lenience(model: ServedModel, rows: SequenceOf[_InFlight]) -> Lenience | None:

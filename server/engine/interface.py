@@ -54,7 +54,7 @@ class ModelInfo:
 
     ``drafts`` are the proposer names a request may choose; ``default_draft`` is None when speculation is off by
     default. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
-    formats or engine change.
+    formats or engine change. ``weights_keys`` name the weights that run, the target's first: hash, format and kernels.
     """
 
     name: str
@@ -67,6 +67,7 @@ class ModelInfo:
     max_draft_tokens: int = 0
     min_lenience: float = 1.0
     system_fingerprint: str = ""
+    weights_keys: tuple[str, ...] = ()
 
 
 def check_lenience(lenience: float, model: ModelInfo, *, seeded: bool) -> None:

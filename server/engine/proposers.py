@@ -202,9 +202,7 @@ class DraftModelProposer:
             assert d.item.sequence.draft is not None
             d.item.sequence.draft.num_computed += len(tokens) - 1
 
-    def _draft(
-        self, batch: Batch, drafting: SequenceOf["_Drafting"], generator: torch.Generator
-    ) -> None:
+    def _draft(self, batch: Batch, drafting: SequenceOf["_Drafting"], generator: torch.Generator) -> None:
         logits, states = self._run(batch)
         pending = list(drafting)
         while pending:

@@ -99,7 +99,9 @@ class ServedModel:
         name = wish.draft or self.info.default_draft
         if name is None or not self._max_draft_tokens(wish):
             return ()
-        beside = wish.draft is None and self.policy.chooses_source and name != NGRAM and NGRAM in self.proposers
+        beside = (
+            wish.draft is None and self.policy.chooses_source and name != NGRAM and NGRAM in self.proposers
+        )
         return (name, NGRAM) if beside else (name,)
 
     def plan_drafts(self, sequences: SequenceOf[Sequence]) -> list[Decision]:
@@ -122,7 +124,9 @@ class ServedModel:
         """A draft block per item, each from the proposer that its option names."""
         blocks = [EMPTY_BLOCK] * len(items)
         for name, proposer in self.proposers.items():
-            mine = [i for i, item in enumerate(items) if item.option is not None and item.option.source == name]
+            mine = [
+                i for i, item in enumerate(items) if item.option is not None and item.option.source == name
+            ]
             if mine:
                 for i, block in zip(mine, proposer.propose([items[i] for i in mine], generator), strict=True):
                     blocks[i] = block

@@ -94,8 +94,8 @@ class Block(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class RaggedInput:
-    """One forward: ``tokens`` int64 [rows], the attention plan of the same rows, the rows to put through the head, int64
-    [wanted], and for a draft that reads states the ``features``, fp32 [rows, hidden]."""
+    """One forward: ``tokens`` int64 [rows], the attention plan of the same rows, the rows to put through the head,
+    int64 [wanted], and for a draft that reads states the ``features``, fp32 [rows, hidden]."""
 
     tokens: Tensor
     plan: AttentionPlan

@@ -79,7 +79,9 @@ class PlanBuilder:
         c, name = self._config, f"model.layers.{index}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         return LayerPlan(
-            attention_norm=None if c.reads_state and index == 0 else self._norm(f"{name}.input_layernorm.weight"),
+            attention_norm=None
+            if c.reads_state and index == 0
+            else self._norm(f"{name}.input_layernorm.weight"),
             mlp_norm=self._norm(f"{name}.post_attention_layernorm.weight"),
             qkv=self._fused([f"{attention}.{p}_proj" for p in "qkv"], c.qkv_bias),
             output=self._fused([f"{attention}.o_proj"], c.output_bias),

@@ -64,13 +64,16 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> InstalledWheel:
 
 @pytest.fixture(scope="session")
 def command_help(installed_wheel: InstalledWheel) -> Callable[[str], str]:
-    """``command_help("serve")`` -> what `paceline serve --help` prints when run out of the wheel."""
+    """``command_help("serve")`` -> what `paceline serve --help` prints when run out of the wheel.
+
+    Commands of a group are named with it: ``command_help("evaluate draft")``.
+    """
     known: dict[str, str] = {}
 
     def help_of(command: str) -> str:
         if command not in known:
             code = "import sys; from paceline.clients.console import main; sys.exit(main())"
-            done = installed_wheel.python(code, command, "--help")
+            done = installed_wheel.python(code, *command.split(), "--help")
             assert done.returncode == 0, f"paceline {command} --help: {done.stderr}"
             known[command] = done.stdout
         return known[command]

@@ -63,6 +63,8 @@ def test_commands_and_flags_exist(command_help: Callable[[str], str]) -> None:
     assert used
     for command, *arguments in used:
         assert command in COMMANDS
+        if "COMMAND [ARGS]" in command_help(command):  # a group: the flags are its commands'
+            command = f"{command} {arguments[0]}"
         flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
         known = set(re.findall(r"(?<![\w-])-{1,2}[a-z][a-z-]*", command_help(command)))
         assert set(flags) <= known, f"paceline {command}"

@@ -64,7 +64,8 @@ class Acceptance:
 
 def gains(rates: tuple[float, float], limit: int, floor: float) -> list[float]:
     """Chance that draft token j = 1, 2, ... is accepted, falling; cut at ``limit`` tokens or below ``floor``."""
-    result, gain = [], rates[0]
+    result: list[float] = []
+    gain = rates[0]
     while len(result) < limit and gain >= floor:
         result.append(gain)
         gain *= rates[1]

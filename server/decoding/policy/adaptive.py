@@ -4,15 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paceline.server.decoding.policy.acceptance import Acceptance, gains
-from paceline.server.decoding.policy.choices import CATCH_UP_TOKENS, Candidate, Decision, Option, Reason, StepWork
+from paceline.server.decoding.policy.choices import (
+    CATCH_UP_TOKENS,
+    Candidate,
+    Decision,
+    Option,
+    Reason,
+    StepWork,
+)
 from paceline.server.decoding.policy.costs import StepCosts
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
 from paceline.server.decoding.policy.lengths import BatchCosts, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
 
-#: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500.
+#: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500. The first blocks
+#: of all count in both, so that a weak model-wide prior would let four unlucky ones end drafting.
 _SEQUENCE_KEEP, _SEQUENCE_PRIOR = 0.94, 4.0
-_MODEL_KEEP, _MODEL_PRIOR = 0.998, 4.0
+_MODEL_KEEP, _MODEL_PRIOR = 0.998, 16.0
 #: Evidence of a sequence that does not draft ages with every step, so that new one weighs more.
 _IDLE_KEEP = 0.998
 #: Acceptance before anything is known, of a draft model and of n-grams: hopeful, as trying is how one learns.

@@ -108,7 +108,7 @@ class StepCosts:
         if work.catch_up_rows < _LEAST_CATCH_UP_ROWS:
             features = (work.draft_forwards, work.draft_rows, work.draft_row_context)
             self._draft.observe(features, work.draft_forwards, work.draft_seconds)
-        else:
+        elif self._draft.count:  # else the price of its drafting would count as catching up
             self._observe_catch_up(work)
 
     def target_seconds(self, rows: int, context: float) -> float:
@@ -126,8 +126,8 @@ class StepCosts:
         return each * tokens
 
     def _observe_catch_up(self, work: StepWork) -> None:
-        drafting = work.draft_rows - work.catch_up_rows
-        known = self.draft_seconds(work.draft_forwards, drafting, 0) if drafting else 0.0
+        drafting = max(work.draft_rows - work.catch_up_rows, work.draft_forwards)
+        known = self.draft_seconds(work.draft_forwards, drafting, 0)  # reading the weights is no part of it
         seconds, rows = self._catch_up
         # The first forward carries both kinds of rows, so the rest may come out below zero; it costs something.
         rest = max(work.draft_seconds - known, 0.1 * work.draft_seconds)

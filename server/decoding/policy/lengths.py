@@ -3,8 +3,8 @@
 One more draft token of a sequence adds the chance that it is accepted to the step's tokens, one row to the target's
 forward and, from a draft model, one row to one of the draft's forwards; those run once for all sequences. As gains
 fall along a block, the best choice of n tokens is the n likeliest, so for each number of draft forwards it is enough
-to try every prefix of the tokens in falling order. (Where draft model and n-grams mix, a row of the draft more or less is left out of that
-order.)
+to try every prefix of the tokens in falling order. (Where draft model and n-grams mix, that order leaves out a row of
+the draft more or less.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,8 @@ from paceline.server.decoding.policy.costs import StepCosts, mean_context
 
 #: So many more draft forwards in a row that do not help end the search.
 _PATIENCE = 4
-_INSTANT = 1e-9
+#: What an unmeasured step is taken to last.
+INSTANT_SECONDS = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class BatchCosts:
         """Of a step that verifies so many draft tokens, and drafts with so many forwards and rows."""
         drafting: float = self._draft(draft_forwards, draft_rows) if draft_forwards else 0.0
         verifying: float = self._target(self.sequences + draft_tokens)
-        return max(verifying + drafting, _INSTANT)
+        return max(verifying + drafting, INSTANT_SECONDS)
 
     def best_alone(self, pick: Pick, sharing: int) -> tuple[float, float, float]:
         """The best block of at least one token if only this pick drafts.
@@ -80,7 +81,7 @@ class BatchCosts:
 class _Token(NamedTuple):
     gain: float
     position: int
-    index: int
+    pick: int
 
 
 def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
@@ -90,7 +91,7 @@ def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
     deepest = max((len(pick.gains) for pick in picks if pick.by_model), default=0)
     best_rate, chosen, misses = costs.sequences / costs.seconds(), list[_Token](), 0
     for depth in range(deepest + 1):
-        allowed = [t for t in tokens if t.position <= depth or not picks[t.index].by_model]
+        allowed = [t for t in tokens if t.position <= depth or not picks[t.pick].by_model]
         rate, count = _best_prefix(allowed, picks, costs)
         misses += 1
         if rate > best_rate:
@@ -105,9 +106,9 @@ def _best_prefix(tokens: Iterable[_Token], picks: Sequence[Pick], costs: BatchCo
     best, expected, forwards, rows = (0.0, 0), float(costs.sequences), 0, 0
     for count, token in enumerate(tokens, 1):
         expected += token.gain
-        if picks[token.index].by_model:
+        if picks[token.pick].by_model:
             forwards = max(forwards, token.position)
-            rows += picks[token.index].first_rows if token.position == 1 else 1
+            rows += picks[token.pick].first_rows if token.position == 1 else 1
         rate = expected / costs.seconds(count, forwards, rows)
         if rate > best[0]:
             best = rate, count
@@ -117,5 +118,5 @@ def _best_prefix(tokens: Iterable[_Token], picks: Sequence[Pick], costs: BatchCo
 def _lengths(chosen: Iterable[_Token], count: int) -> list[int]:
     lengths = [0] * count
     for token in chosen:
-        lengths[token.index] += 1
+        lengths[token.pick] += 1
     return lengths

@@ -7,9 +7,13 @@ small share of its time.
 from collections.abc import Sequence
 
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
+from paceline.server.decoding.policy.lengths import INSTANT_SECONDS
 
 #: Share of the engine's time that probes may lose.
-BUDGET_SHARE = 0.004
+BUDGET_SHARE = 0.01
+#: Credit at the start, in steps: the first probe measures what catching up costs. Without it that stays a guess, which
+#: grows faster than the credit while a draft falls behind, and the draft would never be tried again.
+_FIRST_CREDIT_STEPS = 4
 _MOST_SAVED_STEPS = 16
 _LONGEST_WAIT_STEPS = 1024
 
@@ -20,9 +24,12 @@ class ProbeBudget:
     def __init__(self) -> None:
         self._credit_seconds = 0.0
         self._token_seconds = 0.0
+        self._started = False
 
     def earn(self, step_seconds: float, sequences: int) -> None:
         """A step without drafting is predicted to take so long for so many sequences."""
+        if not self._started and step_seconds > INSTANT_SECONDS:
+            self._started, self._credit_seconds = True, _FIRST_CREDIT_STEPS * step_seconds
         earned = self._credit_seconds + BUDGET_SHARE * step_seconds
         self._credit_seconds = min(earned, _MOST_SAVED_STEPS * step_seconds)
         self._token_seconds = step_seconds / sequences
@@ -40,7 +47,7 @@ class ProbeBudget:
     def settle(self, history: History, accepted: int) -> None:
         """A probe was verified: an accepted token pays for itself and makes the next probe due at once."""
         if accepted:
-            self._credit_seconds += accepted * self._token_seconds
+            self._credit_seconds = self._credit_seconds + accepted * self._token_seconds
             history.probe_after = 1
         else:
             history.probe_after = min(2 * max(history.probe_after, FIRST_PROBE_STEPS), _LONGEST_WAIT_STEPS)

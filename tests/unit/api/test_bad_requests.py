@@ -256,9 +256,7 @@ def test_lenience_needs_a_model_that_allows_it_and_no_seed() -> None:
     client = AsgiClient(create_app(engine, ApiSettings(), Metrics()))
     for lenience, extra, words in ((0.4, {}, "0.5 at the least"), (0.5, {"seed": 1}, "'seed'")):
         body = {**COMPLETION, "speculation": {"lenience": lenience}, **extra}
-        error = assert_openai_error(
-            client.post("/v1/completions", body), 400, param="speculation.lenience"
-        )
+        error = assert_openai_error(client.post("/v1/completions", body), 400, param="speculation.lenience")
         assert words in error["message"]
     allowed = {**COMPLETION, "speculation": {"lenience": 0.5}}
     assert client.post("/v1/completions", allowed).status_code == 200

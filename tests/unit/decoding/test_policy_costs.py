@@ -45,7 +45,9 @@ def test_known_and_unknown_widths_are_predicted() -> None:
         assert costs.target_seconds(rows, 900) == pytest.approx(target(rows, 900), rel=0.07)
     assert costs.target_seconds(8, 900) == pytest.approx(target(8, 900), rel=0.1)
     for forwards in range(1, 6):
-        assert costs.draft_seconds(forwards, forwards, 900) == pytest.approx(draft(forwards, forwards), rel=0.1)
+        assert costs.draft_seconds(forwards, forwards, 900) == pytest.approx(
+            draft(forwards, forwards), rel=0.1
+        )
 
 
 def test_a_bucket_knows_the_step_that_the_line_cannot_have() -> None:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from paceline.draftmodels.acceptance import Acceptance, BlockCounter
 from paceline.draftmodels.data.seeds import derive_seed
-from paceline.draftmodels.data.self_prompts import self_prompts
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.local_engine import LocalEngine
 from paceline.server.engine.interface import StepStats
@@ -33,23 +32,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture
 def near(tiny_checkpoint: TinyCheckpoint) -> Path:
     return tiny_checkpoint("llama", perturb=0.1)
-
-
-@pytest.fixture
-def local(target: Path) -> Local:
-    def make(model: Path = target, **options: Any) -> LocalEngine:
-        return LocalEngine(
-            model, **{"weights": "fp32", "threads": 1, "streams": 3, "device": "cpu"} | options
-        )
-
-    return make
 
 
 def answers(sequences: Sequence[TokenSequence]) -> list[tuple[int, ...]]:
@@ -65,7 +49,7 @@ def test_generation_is_that_of_single_requests(
     assert [s.tokens[: s.prompt_tokens] for s in together] == [tuple(p) for p in PROMPTS]
     served = tiny_engine(spec(target))
     for i, sequence in enumerate(together):
-        wish = {"temperature": temperature, "max_tokens": 20, "seed": derive_seed(11, i)}
+        wish: dict[str, Any] = {"temperature": temperature, "max_tokens": 20, "seed": derive_seed(11, i)}
         (alone,) = tokens(served, request(PROMPTS[i], **wish, speculation=NO_DRAFT))
         assert sequence.answer == tuple(alone)
     assert engine.generate(PROMPTS[:2], temperature=temperature, max_tokens=20, seed=11) == together[:2]
@@ -182,7 +166,8 @@ def following(model: Path, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Next-token distributions, float64 [texts, vocab]."""
     decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        return decoder(torch.tensor(texts)).logits[:, -1].double().softmax(-1)
+        logits: torch.Tensor = decoder(torch.tensor(texts)).logits[:, -1].double()
+    return logits.softmax(-1)
 
 
 def test_blocks_cut_short_are_examined_no_further_than_they_go() -> None:
@@ -222,7 +207,9 @@ def test_swapping_the_draft_keeps_the_target_and_reads_the_folder_anew(
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-        write_draft(folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [])
+        write_draft(
+            folder, target, source, ids=KNOWN, shared=[EMBEDDING] if source is target else [], int8=True
+        )
         engine.use_draft(folder)
         taus.append(engine.measure(PROMPTS, temperature=0.0, max_tokens=25, draft_tokens=3).tau)
     assert loaded == [folder] * 3
@@ -329,39 +316,6 @@ def test_an_interrupted_call_leaves_no_trace(local: Local) -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.generate(PROMPTS, temperature=1.0, max_tokens=9, seed=0, progress=stop)
     assert engine.generate(PROMPTS, temperature=1.0, max_tokens=9, seed=0) == before
-
-
-def test_the_target_writes_its_own_prompts(
-    kernels: str, local: Local, tiny_checkpoint: TinyCheckpoint
-) -> None:
-    engine = local(tiny_checkpoint("llama", vocab_size=60), streams=16)  # so few ids that turns end often
-    found = self_prompts(engine, 12, seed=2, max_prompt_tokens=200)
-    assert found == self_prompts(engine, 12, seed=2, max_prompt_tokens=200)
-    assert found != self_prompts(engine, 12, seed=3, max_prompt_tokens=200)
-    assert len({p.tokens for p in found}) == 12
-    template = engine.tokenizer.apply_chat_template([{"role": "user", "content": "Q"}])
-    middle = engine.tokenizer.encode("Q")[0]
-    before, after = template[: template.index(middle)], template[template.index(middle) + 1 :]
-    for prompt in found:
-        assert list(prompt.tokens[: len(before)]) == before
-        assert list(prompt.tokens[-len(after) :]) == after
-        assert len(before) + len(after) < len(prompt.tokens) <= 200
-        assert prompt.category == "self"
-
-
-class Mute:
-    """A target that ends its turn at once."""
-
-    def __init__(self, engine: LocalEngine) -> None:
-        self.tokenizer = engine.tokenizer
-
-    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[TokenSequence]:
-        return [TokenSequence((*prompt, 3), len(prompt)) for prompt in prompts]
-
-
-def test_a_target_that_writes_no_prompts_is_refused(local: Local) -> None:
-    with pytest.raises(DataError, match="0 usable prompts in 32 attempts"):
-        self_prompts(Mute(local()), 5, seed=0)
 
 
 def test_shared_head_and_embedding_come_from_the_target(local: Local, target: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prompts from files: the template, answers with their end, categories, errors with line numbers, the held-out split."""
+"""Prompts from files: template, answers with their end, categories, errors with line numbers, the held-out split."""
 
 import json
 from pathlib import Path

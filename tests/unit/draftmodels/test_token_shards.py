@@ -36,7 +36,7 @@ def test_an_interrupted_write_leaves_the_old_shard(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fail)
-        with pytest.raises(DataError, match="cannot write .*No space left"):
+        with pytest.raises(DataError, match=r"cannot write .*No space left"):
             writer.write(0, SEQUENCES[:1])
     assert TokenShards(tmp_path).read(0) == SEQUENCES
     assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.safetensors"]

@@ -65,7 +65,9 @@ def test_greedy_and_seeded_text_is_the_same_under_any_policy(which, sampling, ti
     asked = [{"prompt": p, "max_tokens": 40, **sampling} for p in prompts(8)]
     expected = tokens(tiny_engine(spec(target)), *(request(**a) for a in asked))
     engine = tiny_engine(
-        spec(target, draft=near, max_draft_tokens=5, policy="adaptive"), observer=recorder, max_batch_tokens=40
+        spec(target, draft=near, max_draft_tokens=5, policy="adaptive"),
+        observer=recorder,
+        max_batch_tokens=40,
     )
     if which == "erratic":
         with_policy(engine, Erratic())
@@ -182,7 +184,9 @@ def test_lenience_accepts_more_and_one_is_exact(temperature):
         wish = SpeculationParams(lenience=lenience)
         asked = [request([0, i], max_tokens=60, temperature=temperature, speculation=wish) for i in range(6)]
         texts = [ids(choices[0]) for choices in run(engine, *asked)]
-        blocks = [b for s in recorder.steps for b in zip(s.accepted_per_block, s.drafted_per_block, strict=True)]
+        blocks = [
+            b for s in recorder.steps for b in zip(s.accepted_per_block, s.drafted_per_block, strict=True)
+        ]
         return texts, sum(a for a, _ in blocks), sum(n for _, n in blocks)
 
     default = table_engine(target, draft, max_draft_tokens=3)
@@ -190,7 +194,7 @@ def test_lenience_accepts_more_and_one_is_exact(temperature):
     exact, accepted, drafted = outcome(1.0)
     assert exact == tokens(default, *plain)
     lenient, more, of = outcome(0.3)
-    assert more / of > 1.15 * accepted / drafted
+    assert more / of > 1.1 * accepted / drafted
     assert lenient != exact
     assert outcome(0.3, "block")[0] == lenient
 

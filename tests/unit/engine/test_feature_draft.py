@@ -21,11 +21,13 @@ from paceline.server.errors import ConfigError
 KNOWN = [i for i in range(300) if i % 3]
 KINDS: Mapping[str, Callable[[Path, Path], Path]] = {
     "random": lambda folder, target: write_feature_draft(folder, target),
-    "random, int8, restricted": lambda folder, target: write_feature_draft(folder, target, ids=KNOWN, int8=True),
+    "random, int8, restricted": lambda folder, target: write_feature_draft(
+        folder, target, ids=KNOWN, int8=True
+    ),
     "near": lambda folder, target: write_near_feature_draft(folder, target),
     "near, restricted": lambda folder, target: write_near_feature_draft(folder, target, ids=KNOWN),
 }
-PROMPTS = [[random.Random(i).randrange(4, 300) for _ in range(5 + 9 * i)] for i in range(4)]
+PROMPTS = [[random.Random(i).randrange(4, 300) for _ in range(5 + 30 * i)] for i in range(4)]
 GREEDY: dict[str, Any] = {}
 PENALISED: dict[str, Any] = {"repetition_penalty": 1.2}
 SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "top_p": 0.9}
@@ -86,6 +88,15 @@ def test_no_output_changes(kind: str, kernels: str, target: Path, tmp_path: Path
         assert accepted(recorder) > 20
 
 
+def test_beside_ngrams_under_the_adaptive_policy_no_output_changes(kernels: str, target: Path, tmp_path: Path):
+    draft, recorder = write_near_feature_draft(tmp_path / "draft", target), Recorder()
+    model = spec(target, draft=draft, max_draft_tokens=6, policy="adaptive", ngram=True)
+    engine, long = tiny_engine(model, observer=recorder), {"max_tokens": 60}
+    plain = tokens(engine, *asked(GREEDY, SEEDED, speculation=NO_DRAFT, **long))
+    assert tokens(engine, *asked(GREEDY, SEEDED, **long)) == plain
+    assert accepted(recorder) > 20
+
+
 def check_blocks(blocks: Blocks, draft: Path, target: Path) -> None:
     """Each is the reference's, which knows no caches, chunks or rollbacks."""
     oracle = FeatureOracle(draft, target)
@@ -101,14 +112,16 @@ def test_blocks_are_drafted_from_the_targets_states(
 ):
     """Also after accepted tokens, in small chunks, with a warm prefix cache and after preemption."""
     ids = KNOWN if restricted else None
-    draft = write_near_feature_draft(tmp_path / "draft", target, ids=ids, state_weight=0.5)
+    draft = write_near_feature_draft(tmp_path / "draft", target, ids=ids, state_weight=0.3)
     roomy, tight = Recorder(), Recorder()
     engine = with_draft(target, draft, roomy, max_batch_tokens=20)
     for _ in range(2):
         tokens(engine, *asked(*wishes))
-    assert accepted(roomy) > 20
-    assert sum(step.prefix_hits for step in roomy.steps) > 50
-    block_bytes = 16 * (2 * 2 * 2 * 16 + 64) * 4  # tokens, layers, K and V, heads, head_dim, and the state; fp32
+    assert accepted(roomy) > 15
+    assert sum(step.prefix_hits for step in roomy.steps) > 100
+    block_bytes = (
+        16 * (2 * 2 * 2 * 16 + 64) * 4
+    )  # tokens, layers, K and V, heads, head_dim, and the state; fp32
     small = with_draft(target, draft, tight, kv_cache_gib=12 * block_bytes / 2**30)
     tokens(small, *asked(*wishes))
     assert sum(step.preemptions for step in tight.steps) > 0
@@ -131,9 +144,11 @@ def test_what_cannot_be_served_is_refused(
     kernels: str, tiny_checkpoint: TinyCheckpoint, target: Path, tmp_path: Path
 ):
     own = write_feature_draft(tmp_path / "draft", target, shared=())
-    with pytest.raises(ConfigError, match=r"reads the states of a target, so that it can only draft: .*--draft"):
+    with pytest.raises(
+        ConfigError, match=r"reads the states of a target, so that it can only draft: .*--draft"
+    ):
         tiny_engine(spec(own))
     wide = tiny_checkpoint("llama", hidden_size=72)
-    with pytest.raises(ConfigError, match="reads states of width 64, but those of .* have 72") as caught:
+    with pytest.raises(ConfigError, match=r"reads states of width 64, but those of .* have 72") as caught:
         with_draft(wide, own)
     assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ The oracle is transformers; what the kernels promise bit for bit is compared wit
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,18 +27,16 @@ TOKENS = [RNG.randrange(4, 300) for _ in range(45)]
 IDS = list(range(2, 300, 3))
 
 
-def keeping(plan: DecoderPlan, isa, kv_dtype=torch.float32, *, states: bool = True, blocks: int = 8) -> Executor:
+def keeping(
+    plan: DecoderPlan, isa, kv_dtype=torch.float32, *, states: bool = True, blocks: int = 8
+) -> Executor:
     """An executor over memory full of NaN."""
     width = 2 * len(plan.layers) * plan.kv_heads * plan.head_dim + (plan.hidden if states else 0)
     kv = torch.full((blocks, BLOCK_TOKENS * width * kv_dtype.itemsize), 255, dtype=torch.uint8)
-    return Executor(
-        plan, pool(isa), kv, kv_dtype=kv_dtype, block_tokens=BLOCK_TOKENS, keep_states=states
-    )
+    return Executor(plan, pool(isa), kv, kv_dtype=kv_dtype, block_tokens=BLOCK_TOKENS, keep_states=states)
 
 
 def draft_plan(folder: Path, target: Path, format: Format) -> DecoderPlan:
-    from dataclasses import replace
-
     checkpoint = NativeCheckpoint(folder, open_checkpoint(target))
     config = restricted(parse_model_config(checkpoint.hf_config), checkpoint.draft_vocab)
     fetch = CheckedTensors(checkpoint, config)
@@ -80,7 +79,9 @@ def test_kept_states_do_not_depend_on_chunks_or_company(isa, tiny_checkpoint):
     crowd.forward(other[9:14] + TOKENS[30:], [(0, 5, 9, [1]), (5, 15, 30, [7, 3, 5])], [])
     expected = alone.read_states([(0, 45, 0, [0, 1, 2])])
     assert torch.equal(crowd.read_states([(0, 45, 0, [7, 3, 5])]), expected)
-    assert torch.equal(crowd.read_states([(1, 3, 31, [7, 3, 5]), (0, 1, 44, [7, 3, 5])]), expected[[44, 31, 32, 33]])
+    assert torch.equal(
+        crowd.read_states([(1, 3, 31, [7, 3, 5]), (0, 1, 44, [7, 3, 5])]), expected[[44, 31, 32, 33]]
+    )
 
 
 def features(hidden: int, rows: int = len(TOKENS)) -> Tensor:
@@ -90,7 +91,9 @@ def features(hidden: int, rows: int = len(TOKENS)) -> Tensor:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("hidden", [64, 72])
-def test_a_draft_that_reads_states_equals_transformers(isa, hidden, layers, format, tiny_checkpoint, tmp_path):
+def test_a_draft_that_reads_states_equals_transformers(
+    isa, hidden, layers, format, tiny_checkpoint, tmp_path
+):
     target = tiny_checkpoint("llama", hidden_size=hidden)
     folder = write_feature_draft(tmp_path / "draft", target, layers=layers, ids=IDS)
     plan, given = draft_plan(folder, target, format), features(hidden)
@@ -135,7 +138,7 @@ def test_a_greedy_block_is_drafted_as_step_by_step(isa, format, ids, tiny_checkp
         for step in range(length):
             token = int(best.argmax()) if ids is None else ids[int(best.argmax())]
             assert block[step] == token
-            first, count, _, table = spans[index]
+            _, count, _, table = spans[index]
             own = torch.empty(1, 64)
             place: list[Span] = [(0, 1, count + step, table)]
             best = ex.forward([token], place, [0], features=feature, states=own)[0]

@@ -1,0 +1,147 @@
+"""Passes over the prompts through the serving engine, with and without speculation.
+
+Per temperature one pass is examined and not timed; it also warms up. Then come timed rounds of two passes each, with
+speculation and without, whose order alternates. Owns the engine's life. Knows nothing of figures and tables.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from paceline.draftmodels.data.prompts import Prompt
+from paceline.draftmodels.evaluate.answers import Answer, Pass
+from paceline.draftmodels.evaluate.examiner import BlockExaminer
+from paceline.draftmodels.evaluate.figures import Measured
+from paceline.draftmodels.evaluate.plan import Plan
+from paceline.draftmodels.evaluate.progress import Progress, progress
+from paceline.server.engine.build import build_engine
+from paceline.server.engine.interface import AsyncEngine, ModelInfo, RequestStats, StepStats
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
+from paceline.server.errors import ConfigError
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What has been measured so far; filled pass by pass, so that it survives an interruption.
+
+    Attributes:
+        measured: temperatures whose examined pass is finished, with the timed rounds that are.
+    """
+
+    model: ModelInfo | None = None
+    measured: list[Measured] = field(default_factory=list)
+
+
+async def measure(plan: Plan, prompts: Sequence[Prompt], outcome: Outcome) -> None:
+    """Load the models, run every pass, and leave the results in ``outcome``.
+
+    Raises:
+        UserError: a model cannot be loaded, or a prompt does not fit it.
+        EngineError: the engine failed.
+    """
+    examiner = BlockExaminer()
+    engine = build_engine(plan.config, _Unobserved(), examiner)
+    await engine.start()
+    try:
+        (outcome.model,) = engine.models.values()
+        _check_lengths(prompts, plan, outcome.model)
+        with progress(plan.passes * len(prompts)) as shown:
+            passes = _Passes(engine, outcome.model, examiner, plan, prompts, shown)
+            for temperature in plan.temperatures:
+                await passes.measure(temperature, outcome)
+    finally:
+        await engine.stop()
+
+
+def _check_lengths(prompts: Sequence[Prompt], plan: Plan, model: ModelInfo) -> None:
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    if longest + plan.max_tokens > model.context_length:
+        raise ConfigError(
+            f"--prompts: the longest has {longest} tokens, which with --max-tokens {plan.max_tokens} exceed the "
+            f"context of {model.context_length}; lower --max-tokens or leave that prompt out"
+        )
+
+
+class _Unobserved:
+    """An engine observer that keeps nothing."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """See ``EngineObserver.on_step``."""
+
+    def on_request(self, stats: RequestStats) -> None:
+        """See ``EngineObserver.on_request``."""
+
+
+class _Passes:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        model: ModelInfo,
+        examiner: BlockExaminer,
+        plan: Plan,
+        prompts: Sequence[Prompt],
+        shown: Progress,
+    ) -> None:
+        self._engine, self._model, self._examiner = engine, model, examiner
+        self._plan, self._prompts, self._shown = plan, prompts, shown
+        self._ids = itertools.count()
+
+    async def measure(self, temperature: float, outcome: Outcome) -> None:
+        """All passes at one temperature."""
+        self._examiner.wants_overlaps = True
+        examined = await self._run(temperature, f"T={temperature:g} acceptance", speculates=True)
+        self._examiner.wants_overlaps = False
+        outcome.measured.append(Measured(temperature, examined, ()))
+        rounds: list[tuple[Pass, Pass]] = []
+        for number in range(self._plan.rounds):
+            label = f"T={temperature:g} round {number + 1}/{self._plan.rounds}"
+            done: dict[bool, Pass] = {}
+            for speculates in (True, False) if number % 2 == 0 else (False, True):
+                name = f"{label} {'with' if speculates else 'without'}"
+                done[speculates] = await self._run(temperature, name, speculates=speculates)
+            rounds.append((done[True], done[False]))
+            outcome.measured[-1] = Measured(temperature, examined, tuple(rounds))
+
+    async def _run(self, temperature: float, label: str, *, speculates: bool) -> Pass:
+        """One pass: ``streams`` workers take the prompts in order."""
+        self._shown.start(label)
+        waiting = iter(enumerate(self._prompts))
+        answers: dict[int, Answer] = {}
+
+        async def work() -> None:
+            for index, prompt in waiting:
+                answers[index] = await self._ask(index, prompt, temperature, speculates)
+                self._shown.add(len(answers[index].tokens))
+
+        started = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(self._plan.streams)))
+        seconds = time.perf_counter() - started
+        return Pass(tuple(answers[index] for index in range(len(self._prompts))), seconds)
+
+    async def _ask(self, index: int, prompt: Prompt, temperature: float, speculates: bool) -> Answer:
+        seed = self._plan.seed
+        request = Request(
+            f"evaluate-{next(self._ids)}",
+            self._model.name,
+            prompt.tokens,
+            SamplingParams(
+                max_tokens=self._plan.max_tokens,
+                temperature=temperature,
+                seed=None if seed is None else seed + index,
+            ),
+            SpeculationParams(enabled=speculates),
+        )
+        started = time.perf_counter()
+        events = [event async for event in self._engine.submit(request)]
+        seconds = time.perf_counter() - started
+        commits = [event.token_ids for event in events if event.token_ids]
+        return Answer(
+            index,
+            prompt.category,
+            tuple(itertools.chain.from_iterable(commits)),
+            max(0, len(commits) - 1),
+            seconds,
+            self._examiner.take(request.id),
+        )

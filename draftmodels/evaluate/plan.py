@@ -1,0 +1,78 @@
+"""What is to be measured: the command's options, checked before anything is loaded."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from paceline.server.config import PacelineConfig, SpeculationConfig, load_config, resolve
+from paceline.server.errors import ConfigError
+
+_HOTTEST = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked measurement of one draft.
+
+    Attributes:
+        config: resolved; one model that speculates, without prefix caching, so that every pass pays for its prompts.
+        prompts: path, or ``built-in``.
+        limit: most prompts to take.
+        temperatures: each different.
+        seed: prompt i is sampled with seed + i; None is unseeded.
+        streams: requests in flight.
+        rounds: timed pairs of passes, with and without speculation; 0 measures acceptance only.
+    """
+
+    config: PacelineConfig
+    prompts: str
+    limit: int | None
+    max_tokens: int
+    temperatures: tuple[float, ...]
+    seed: int | None
+    streams: int
+    rounds: int
+
+    @property
+    def speculation(self) -> SpeculationConfig:
+        """The model's settings."""
+        return self.config.models[0].speculation
+
+    @property
+    def draft(self) -> str:
+        """Reference of the draft."""
+        assert self.speculation.draft is not None
+        return self.speculation.draft
+
+    @property
+    def passes(self) -> int:
+        """How often every prompt is answered."""
+        return len(self.temperatures) * (1 + 2 * self.rounds)
+
+
+def make_config(flags: Mapping[str, str | None]) -> PacelineConfig:
+    """The server's own configuration for these flags, environment variables included, but without prefix caching.
+
+    Raises:
+        ConfigError: a bad value, or no draft.
+    """
+    config = load_config(None, os.environ, flags)
+    if config.models[0].speculation.draft is None:
+        raise ConfigError("--draft none leaves nothing to measure; name a draft model, or ngram")
+    return resolve(replace(config, engine=replace(config.engine, prefix_caching=False)))
+
+
+def check_sampling(temperatures: Sequence[float], seed: int | None) -> None:
+    """Refuse temperatures and seeds that contradict each other.
+
+    Raises:
+        ConfigError: out of range, given twice, or a seed that could do nothing.
+    """
+    for value in temperatures:
+        if not (isfinite(value) and 0 <= value <= _HOTTEST):
+            raise ConfigError(f"--temperature {value:g} is not between 0 and {_HOTTEST:g}")
+    if len(set(temperatures)) < len(temperatures):
+        raise ConfigError("--temperature names the same value twice")
+    if seed is not None and not any(temperatures):
+        raise ConfigError("--seed does nothing at temperature 0; add a --temperature above 0 or leave it out")

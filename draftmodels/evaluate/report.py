@@ -1,0 +1,147 @@
+"""A measurement as one JSON object, as a table of 80 columns, and as files."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from paceline.draftmodels.evaluate.figures import Group, Result
+from paceline.draftmodels.evaluate.setting import headline
+from paceline.server.errors import ConfigError
+from paceline.server.models.verified import write_text_atomic
+
+REPORT, PLOT = "report.json", "report.png"
+_LEGEND = """
+n: prompts; tau: tokens per target forward; tau~: the same by the formula, from alpha
+accepted: of the drafted tokens; off, on t/s: tokens per second without and with speculation"""
+
+
+def as_json(setting: Mapping[str, Any], results: Sequence[Result], *, interrupted: bool) -> dict[str, Any]:
+    """The whole report; ``temperatures`` holds those whose acceptance is measured."""
+    return {
+        "setting": dict(setting),
+        "interrupted": interrupted,
+        "temperatures": [_result(result) for result in results],
+    }
+
+
+def _result(result: Result) -> dict[str, Any]:
+    same = result.same_text
+    return {
+        "temperature": result.temperature,
+        "total": _group(result.total),
+        "categories": {name: _group(group) for name, group in result.categories.items()},
+        "same_text": None if same is None else {"equal": same[0], "compared": same[1]},
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    return asdict(group.acceptance) | {"speed": None if group.speed is None else asdict(group.speed)}
+
+
+def print_report(console: Console, setting: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """The report for people."""
+    for line in headline(setting):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for result in results:
+        console.print()
+        console.print(_table(result))
+        for line in _details(result):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_LEGEND, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(result: Result) -> Table:
+    """One row per category and one for everything."""
+    title = f"T = {result.temperature:g}"
+    table = Table(
+        box=box.SIMPLE,
+        title=title,
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("category")
+    for name in ("n", "tokens", "alpha", "tau", "tau~", "accepted", "off t/s", "on t/s", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True)
+    shown = result.categories if len(result.categories) > 1 else {}
+    for name, group in shown.items():
+        table.add_row(name, *_cells(group))
+    if shown:
+        table.add_section()
+    table.add_row("total", *_cells(result.total))
+    return table
+
+
+def _cells(group: Group) -> Iterator[str]:
+    own, speed = group.acceptance, group.speed
+    yield from (str(own.n_prompts), str(own.n_tokens))
+    yield from (_number(own.alpha, 3), _number(own.tau, 2), _number(own.tau_formula, 2))
+    yield "-" if own.draft_acceptance_rate is None else f"{own.draft_acceptance_rate:.0%}"
+    if speed is None:
+        yield from ("-", "-", "-")
+        return
+    yield from (
+        f"{speed.tokens_per_second_without:.1f}",
+        f"{speed.tokens_per_second:.1f}",
+        f"{speed.speedup:.2f}x",
+    )
+
+
+def _details(result: Result) -> Iterator[str]:
+    own = result.total.acceptance
+    yield f"  accepted / examined, per position: {_numbers(own.alpha_per_position)}"
+    if result.temperature:
+        yield f"  sum min(p, q), per position:       {_numbers(own.overlap_per_position)}"
+    counts = " ".join(f"{n}:{count}" for n, count in enumerate(own.acceptance_histogram))
+    yield f"  blocks by accepted tokens:         {counts}"
+    if len(own.drafted_by_source) > 1:
+        sources = ", ".join(f"{name} {count}" for name, count in own.drafted_by_source.items())
+        yield f"  draft tokens by source:            {sources}"
+    if result.same_text is not None:
+        yield f"  same text with and without:        {result.same_text[0]} of {result.same_text[1]}"
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return " ".join(_number(value, 3) for value in values)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def check_folder(folder: Path) -> None:
+    """Make the output folder before anything is measured.
+
+    Raises:
+        ConfigError: it holds a report already, or cannot be written.
+    """
+    if (folder / REPORT).exists():
+        raise ConfigError(f"--output: {folder} holds a report already; name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output: {folder} cannot be made: {error.strerror}; name another folder"
+        ) from error
+
+
+def write(folder: Path, report: Mapping[str, Any]) -> None:
+    """Plot and report, the report last: where it is, all is there.
+
+    Raises:
+        ConfigError: nothing can be written.
+    """
+    from paceline.draftmodels.evaluate.plots import plot
+
+    try:
+        plot(report, folder / PLOT)
+        write_text_atomic(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--output: {folder} cannot be written: {error.strerror}") from error
