@@ -20,7 +20,7 @@ from paceline.draftmodels.distill.checkpoint import JobState, load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import new_draft
 from paceline.draftmodels.distill.layout import Tokens
-from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
 from paceline.draftmodels.distill.trainer import Parts, Trainer
 from paceline.draftmodels.teacher import TeacherRows
 from paceline.server.models.checkpoint import open_checkpoint
@@ -97,7 +97,7 @@ def make_trainer(
     ids: Tensor | None = VOCAB_IDS,
     judge: Measuring | None = None,
     text: Text | None = None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ONE_RANK,
     export: Any = lambda folder, measured: folder.mkdir(exist_ok=True),
 ) -> Trainer:
     checkpoint = open_checkpoint(target)

@@ -31,8 +31,8 @@ from paceline.server.models.config import (
 from paceline.server.models.native_form import NativeCheckpoint, draft_vocab, head_name
 
 _RANDOM_STD = 0.02
-#: On what a layer of the target adds, where it becomes a feature draft's block. At 1 a SmolLM2 draft starts with a loss of
-#: thousands of nats; 0.02 and 0.05 train alike.
+#: On what a layer of the target adds, where it becomes a feature draft's block. At 1 a SmolLM2 draft starts with a
+#: loss of thousands of nats; 0.02 and 0.05 train alike.
 _QUIET = 0.02
 
 
@@ -179,7 +179,9 @@ def _block_source(recipe: Recipe, count: int, total: int) -> range:
 def _quietened(layer: dict[str, Tensor]) -> dict[str, Tensor]:
     """A layer whose outputs are small beside a normed state; in the target they add to one that is not normed."""
     ends = ("o_proj.weight", "down_proj.weight")
-    return {name: tensor.float() * _QUIET if name.endswith(ends) else tensor for name, tensor in layer.items()}
+    return {
+        name: tensor.float() * _QUIET if name.endswith(ends) else tensor for name, tensor in layer.items()
+    }
 
 
 def _read_normed_states(tensors: dict[str, Tensor], own_norm: Tensor, final_norm: Tensor) -> None:

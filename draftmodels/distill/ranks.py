@@ -72,3 +72,7 @@ class Ranks:
         dist.all_reduce(flat)
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+#: A job of one process.
+ONE_RANK = Ranks()

@@ -25,7 +25,7 @@ from paceline.draftmodels.distill.metrics import MetricsFile
 from paceline.draftmodels.distill.objective import Objective, Rows, StepFigures
 from paceline.draftmodels.distill.optim import learning_rate, make_optimizer, set_rate
 from paceline.draftmodels.distill.pool import Batch, Entry, labels_among, make_batch
-from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
 
 #: Checkpoints within a round, for rounds that take longer than this.
 CHECKPOINT_SECONDS = 60.0
@@ -80,6 +80,7 @@ class Parts:
     Attributes:
         export: writes the draft as it is to a folder, with measured figures.
         threads: for torch while it trains.
+        started: when the job began, on ``clock``: opening models and writing first prompts count as its time, too.
     """
 
     text: TextSource
@@ -88,8 +89,9 @@ class Parts:
     progress: Progress
     export: Callable[[Path, Sequence[Mapping[str, Any]]], None]
     threads: int
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ONE_RANK
     clock: Callable[[], float] = time.monotonic
+    started: float | None = None
 
 
 class Trainer:
@@ -123,7 +125,8 @@ class Trainer:
         self._metrics.rewind(-1 if loaded is None else self.state.step)
         self._rounds: dict[int, list[Entry]] = {}
         self._interrupted = False
-        self._saved_at = self._worked_from = parts.clock()
+        self._saved_at = parts.clock()
+        self._worked_from = self._saved_at if parts.started is None else parts.started
 
     def train(self) -> JobState:
         """Work until the budget is used, patience is at its end, or Ctrl-C.

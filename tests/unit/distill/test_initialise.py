@@ -89,7 +89,9 @@ def test_a_feature_draft_starts_with_the_state_passing_through(tiny_checkpoint: 
     assert torch.equal(random["model.fc.weight"][:, 64:], torch.eye(64))
     copied = start(tiny_checkpoint(), block_from="0", layers=2).draft.state_dict()
     for layer in (0, 1):
-        assert torch.equal(copied[f"model.layers.{layer}.{name}"], target.tensor(f"model.layers.{layer}.{name}"))
+        assert torch.equal(
+            copied[f"model.layers.{layer}.{name}"], target.tensor(f"model.layers.{layer}.{name}")
+        )
     normed = torch.randn(5, 64)  # before any norm's weights
     query = "model.layers.0.self_attn.q_proj.weight"
     theirs = (normed * target.tensor("model.layers.0.input_layernorm.weight")) @ target.tensor(query).T

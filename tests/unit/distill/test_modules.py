@@ -87,14 +87,12 @@ def naive_block(
     if c.qk_norm:
         q, k = norm(q, attention.q_norm.weight), norm(k, attention.k_norm.weight)
     angle = position * torch.tensor(c.rope_inv_freq)
-    turn = (
-        lambda h: torch.cat(  # noqa: E731
-            (
-                h[:, : c.head_dim // 2] * angle.cos() - h[:, c.head_dim // 2 :] * angle.sin(),
-                h[:, c.head_dim // 2 :] * angle.cos() + h[:, : c.head_dim // 2] * angle.sin(),
-            ),
-            1,
-        )
+    turn = lambda h: torch.cat(
+        (
+            h[:, : c.head_dim // 2] * angle.cos() - h[:, c.head_dim // 2 :] * angle.sin(),
+            h[:, c.head_dim // 2 :] * angle.cos() + h[:, : c.head_dim // 2] * angle.sin(),
+        ),
+        1,
     )
     keys.append(turn(k))
     values.append(v)
