@@ -20,7 +20,9 @@ def train_draft(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="FILE", help="Recipe (TOML), or the name of a packaged one; flags win."),
+        typer.Option(
+            "--recipe", metavar="FILE", help="Recipe (TOML), or the name of a packaged one; flags win."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line instead of text.")] = False,

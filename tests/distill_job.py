@@ -20,7 +20,7 @@ from paceline.draftmodels.distill.checkpoint import JobState, load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import new_draft
 from paceline.draftmodels.distill.layout import Tokens
-from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
 from paceline.draftmodels.distill.trainer import Parts, Trainer
 from paceline.draftmodels.teacher import TeacherRows
 from paceline.server.models.checkpoint import open_checkpoint
@@ -38,7 +38,9 @@ class Text:
         self.drafts.append(draft)
         generator = torch.Generator().manual_seed(round_)
         lengths = torch.randint(6, 14, (6,), generator=generator).tolist()
-        return [TokenSequence(tuple(torch.randint(300, (n,), generator=generator).tolist()), 3) for n in lengths]
+        return [
+            TokenSequence(tuple(torch.randint(300, (n,), generator=generator).tolist()), 3) for n in lengths
+        ]
 
 
 class Teaching:
@@ -95,7 +97,7 @@ def make_trainer(
     ids: Tensor | None = VOCAB_IDS,
     judge: Measuring | None = None,
     text: Text | None = None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ONE_RANK,
     export: Any = lambda folder, measured: folder.mkdir(exist_ok=True),
 ) -> Trainer:
     checkpoint = open_checkpoint(target)

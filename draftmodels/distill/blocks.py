@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         # fp32, as autocast may have made it bf16, in which positions of a few thousand do not rotate exactly.
-        return x.unflatten(-1, (-1, self._head_dim)).float()
+        return x.view(len(x), x.shape[1] // self._head_dim, self._head_dim).float()
 
 
 class MLP(nn.Module):

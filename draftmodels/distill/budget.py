@@ -23,7 +23,9 @@ def parse_seconds(text: str, place: str) -> float:
         text += "s"
     if not re.fullmatch(r"(\d+(\.\d+)?[smhd])+", text):
         raise ConfigError(f'{place}: expected a time such as 90s, 20m or 1h30m, got "{text}"')
-    seconds = sum(float(number) * _SECONDS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", text))
+    seconds = sum(
+        float(number) * _SECONDS[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([smhd])", text)
+    )
     return _above_zero(seconds, text, place)
 
 

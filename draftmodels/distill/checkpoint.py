@@ -117,16 +117,16 @@ def load_checkpoint(run: Path) -> Loaded | None:
 
 
 @torch.no_grad()
-def restore(
-    loaded: Loaded, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def restore(loaded: Loaded, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's tensors into the draft and the optimiser.
 
     Raises:
         ArtifactError: it was made with another draft.
     """
     if {name for name in loaded.tensors if "@" not in name} != set(parameters):
-        raise ArtifactError("the checkpoint is of another draft; resume with the recipe that the run was started with")
+        raise ArtifactError(
+            "the checkpoint is of another draft; resume with the recipe that the run was started with"
+        )
     for name, parameter in parameters.items():
         parameter.copy_(loaded.tensors[name])
         if f"{name}@step" in loaded.tensors:
@@ -141,6 +141,7 @@ def _tensors(
         yield name, parameter.detach().cpu().contiguous()
         state = optimizer.state.get(parameter)
         for kind in ("step", *_MOMENTS) if state else ():
+            assert state is not None
             yield f"{name}@{kind}", state[kind].detach().cpu().contiguous()
 
 

@@ -35,25 +35,37 @@ class Recipe:
         '"random", or a small model of the target\'s tokenizer: catalog name, hf:ORG/NAME or folder.',
         "feature",
     )
-    layers: int | None = key_field("Decoder layers of a feature (1 or 2) or random draft; auto: 1 or 2.", None, low=1)
+    layers: int | None = key_field(
+        "Decoder layers of a feature (1 or 2) or random draft; auto: 1 or 2.", None, low=1
+    )
     hidden: int | None = key_field("Width of a random draft; auto: the target's.", None, low=8)
     heads: int | None = key_field("Attention heads of a random draft; auto: by width.", None, low=1)
     kv_heads: int | None = key_field("KV heads of a random draft; auto: by heads.", None, low=1)
     ffn: int | None = key_field("Feed-forward width of a random draft; auto: by width.", None, low=8)
     block_from: str | None = key_field(
-        'Target layer that a feature draft\'s first block starts from, or "random"; auto: its last ones.', None
+        "Target layer that a feature draft's first block starts from, such as 28.", None, none_word="random"
     )
     draft_vocab: int | None = key_field(
-        "Ids that the draft proposes: those most likely in the target's own text.", None, none_word="full", low=2
+        "Ids that the draft proposes: those most likely in the target's own text.",
+        None,
+        none_word="full",
+        low=2,
     )
     train_head: bool | None = key_field("Train the head; auto: only where it starts at random.", None)
-    train_embedding: bool | None = key_field("Train the embedding; auto: only where it starts at random.", None)
+    train_embedding: bool | None = key_field(
+        "Train the embedding; auto: only where it starts at random.", None
+    )
     prompts: str = key_field('Prompts: a JSONL or text file, or "self" (the target writes its own).', "self")
     source: Literal["fixed", "target", "draft", "mixed"] = key_field(
-        "Who writes the answers: the file (fixed), the target, the current draft, or draft and target mixed.", "target"
+        "Who writes the answers: the file (fixed), the target, the current draft, or draft and target mixed.",
+        "target",
     )
     lambda_: float | None = key_field(
-        "Share of prompts that the draft answers (source mixed); auto: 0.5.", None, flag="--lambda", low=0, high=1
+        "Share of prompts that the draft answers (source mixed); auto: 0.5.",
+        None,
+        flag="--lambda",
+        low=0,
+        high=1,
     )
     temperature: float = key_field("Sampling temperature of answers; 0 is greedy.", 1.0, low=0)
     answer_tokens: int = key_field("Longest answer, tokens.", 128, low=1)
@@ -64,8 +76,10 @@ class Recipe:
         low=1,
     )
     round_prompts: int = key_field("Prompts answered per round.", 64, low=1)
-    reuse: int = key_field("How many rounds each answer is trained in.", 2, low=1)
-    loss: str = key_field("Distance: fkl, rkl, jsd, jsd:BETA, tvd, lk, lk-hybrid, or ce (hard labels).", "fkl")
+    reuse: int = key_field("How many rounds each answer is trained in.", 4, low=1)
+    loss: str = key_field(
+        "Distance: fkl, rkl, jsd, jsd:BETA, tvd, lk, lk-hybrid, or ce (hard labels).", "fkl"
+    )
     loss_temperature: float = key_field("Temperature of both distributions in the loss.", 1.0, above=0)
     top_k: int | None = key_field(
         "Teacher's tokens per position, the rest as one mass; full takes all.", None, none_word="full", low=1
@@ -73,7 +87,9 @@ class Recipe:
     unroll: int | None = key_field(
         "Draft steps that a feature draft is trained for at once; auto: 2.", None, low=1, high=8
     )
-    step_decay: float = key_field("Weight of each further unrolled step, relative to the one before.", 1.0, above=0)
+    step_decay: float = key_field(
+        "Weight of each further unrolled step, relative to the one before.", 1.0, above=0
+    )
     taid: float | None = key_field(
         "TAID: the teacher's share in an interpolated teacher at the start, growing to 1; none is the plain teacher.",
         None,
@@ -81,7 +97,7 @@ class Recipe:
         low=0,
         high=1,
     )
-    lr: float = key_field("Peak learning rate.", 1e-3, above=0)
+    lr: float = key_field("Peak learning rate.", 2e-3, above=0)
     warmup: float = key_field("Share of the budget in which the rate rises.", 0.03, low=0, high=0.5)
     final_lr: float = key_field("Rate at the end, as a share of the peak.", 0.1, low=0, high=1)
     weight_decay: float = key_field("AdamW's weight decay of matrices.", 0.0, low=0)
@@ -93,7 +109,9 @@ class Recipe:
     weights: Literal["auto", "fp32", "bf16", "int8"] = key_field("Weight format of the target.", "auto")
     streams: int = key_field("Answers written at the same time.", 32, low=1)
     max_time: str | None = key_field("Stop after this time, such as 20m.", None, none_word="none")
-    max_tokens: str | None = key_field("Stop after this many trained tokens, such as 2M.", None, none_word="none")
+    max_tokens: str | None = key_field(
+        "Stop after this many trained tokens, such as 2M.", None, none_word="none"
+    )
     max_steps: str | None = key_field("Stop after this many steps.", None, none_word="none")
     patience: int = key_field("Stop after this many measurements without a better tau; 0 never.", 0, low=0)
     held_out: int = key_field("Prompts kept out of training, to measure on.", 32, low=1)
@@ -115,7 +133,12 @@ class Recipe:
     @property
     def from_draft(self) -> float:
         """Share of prompts that the draft answers."""
-        shares = {"fixed": 0.0, "target": 0.0, "draft": 1.0, "mixed": 0.5 if self.lambda_ is None else self.lambda_}
+        shares = {
+            "fixed": 0.0,
+            "target": 0.0,
+            "draft": 1.0,
+            "mixed": 0.5 if self.lambda_ is None else self.lambda_,
+        }
         return shares[self.source]
 
     @property
@@ -198,7 +221,9 @@ def _read(path: str) -> dict[str, Any]:
         source = packaged if packaged is not None and packaged.is_file() else Path(path)
         return tomllib.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"--recipe: there is no file {path}; packaged are: {', '.join(packaged_recipes())}") from None
+        raise ConfigError(
+            f"--recipe: there is no file {path}; packaged are: {', '.join(packaged_recipes())}"
+        ) from None
     except OSError as error:
         raise ConfigError(f"--recipe: {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -207,7 +232,9 @@ def _read(path: str) -> dict[str, Any]:
 
 def packaged_recipes() -> list[str]:
     """Names that ``--recipe`` knows beside files."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def _check(recipe: Recipe, places: Mapping[str, str]) -> None:
@@ -245,7 +272,9 @@ def _check(recipe: Recipe, places: Mapping[str, str]) -> None:
 def _check_init(recipe: Recipe, places: Mapping[str, str], refuse: Any) -> None:
     feature, random = recipe.init == "feature", recipe.init == "random"
     if not (feature or random):
-        refuse("layers", f'the layers of init "{recipe.init}" are given; only feature and random take a number')
+        refuse(
+            "layers", f'the layers of init "{recipe.init}" are given; only feature and random take a number'
+        )
     if not random:
         for name in ("hidden", "heads", "kv_heads", "ffn"):
             refuse(name, f'init "{recipe.init}" has its own; only random takes it')

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -66,6 +67,7 @@ def run_job(target: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
         UserError: something that the user can mend, in one line.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
     """
+    started = time.monotonic()
     if recipe.device == "cuda" and not Machine().cuda_available:
         raise ConfigError("device: torch sees no CUDA device; use --device cpu or a torch with CUDA")
     path = resolve(target)
@@ -73,7 +75,7 @@ def run_job(target: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
     threads = recipe.threads or max(Machine().usable_cores // ranks.world, 1)
     local = LocalEngine(target, weights=recipe.weights, threads=threads, streams=recipe.streams)
     try:
-        return _Job(target, path, checkpoint, recipe, run, ranks, local, threads).work()
+        return _Job(target, path, checkpoint, recipe, run, ranks, local, threads, started).work()
     finally:
         local.close()
 
@@ -88,6 +90,7 @@ class _Job:
     ranks: Ranks
     local: LocalEngine
     threads: int
+    started: float
 
     def work(self) -> Outcome:
         recipe, run = self.recipe, self.run
@@ -107,6 +110,7 @@ class _Job:
                 export=partial(_export, new, about),
                 threads=self.threads,
                 ranks=self.ranks,
+                started=self.started,
             )
             state = Trainer(recipe, new, run, parts, loaded).train()
         if self.ranks.is_main:
@@ -122,7 +126,9 @@ class _Job:
         return self.ranks.from_main(None if text is None else self._chosen(text, self.recipe.draft_vocab))
 
     def _chosen(self, text: EngineText, size: int) -> Tensor:
-        teacher = Teacher(self.local, None, top_k=min(TOP_K, self.local.config.vocab_size), dtype=torch.float32)
+        teacher = Teacher(
+            self.local, None, top_k=min(TOP_K, self.local.config.vocab_size), dtype=torch.float32
+        )
         tokenizer = self.local.tokenizer
         ids, mass = expected_vocabulary(
             teacher.rows(text.by_target(0)),

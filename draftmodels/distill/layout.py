@@ -40,7 +40,7 @@ class Padded:
     def spread(self, rows: Tensor) -> Tensor:
         """[rows, ...] -> [batch, width, ...], zeros between."""
         flat = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
-        return flat.index_copy(0, self.slots, rows).unflatten(0, (self.batch, self.width))
+        return flat.index_copy(0, self.slots, rows).view(self.batch, self.width, *rows.shape[1:])
 
     def collect(self, padded: Tensor) -> Tensor:
         """The inverse of ``spread``."""
@@ -127,12 +127,17 @@ def lay_out(sequences: Sequence[Tokens], device: torch.device | None = None) -> 
     answer_width = max(length - first for first, length in zip(firsts, lengths, strict=True))
     position = [i for length in lengths for i in range(length)]
     slots = [b * width + i for b, length in enumerate(lengths) for i in range(length)]
-    answers, answer_slots, start = [], [], 0
+    answers: list[int] = []
+    answer_slots: list[int] = []
+    start = 0
     for b, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
         answers += range(start + first, start + length)
         answer_slots += range(b * answer_width, b * answer_width + length - first)
         start += length
-    tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
     return BatchLayout(
         tokens=tensor([token for s in sequences for token in s.tokens[:-1]]),
         positions=tensor(position),

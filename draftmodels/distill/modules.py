@@ -17,27 +17,19 @@ from paceline.draftmodels.distill.layout import BatchLayout, Padded
 from paceline.server.models.config import ModelConfig
 
 
-class _Frozen(nn.Module):
-    """A matrix that is not trained; ``weight`` bf16 [rows, hidden]."""
+class _Matrix(nn.Module):
+    """``weight`` [rows, hidden], fp32 where it is trained and bf16 where it is frozen."""
 
-    def __init__(self, rows: int, hidden: int) -> None:
+    def __init__(self, rows: int, hidden: int, *, trained: bool) -> None:
         super().__init__()
-        empty = torch.empty(rows, hidden, dtype=torch.bfloat16)
-        self.weight = nn.Parameter(empty, requires_grad=False)
-
-
-class _Trained(nn.Module):
-    """The same, trained, fp32."""
-
-    def __init__(self, rows: int, hidden: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, hidden))
+        empty = torch.empty(rows, hidden, dtype=torch.float32 if trained else torch.bfloat16)
+        self.weight = nn.Parameter(empty, requires_grad=trained)
 
 
 class _Body(nn.Module):
     """What checkpoints call ``model``."""
 
-    def __init__(self, embed_tokens: nn.Module, layers: Sequence[Block]) -> None:
+    def __init__(self, embed_tokens: _Matrix, layers: Sequence[Block]) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
@@ -61,10 +53,10 @@ class Draft(nn.Module, ABC):
         super().__init__()
         assert not (config.tied_head and train_embedding != train_head)
         self.config, self.steps = config, steps
-        kind = _Trained if train_embedding else _Frozen
-        self.model = _Body(kind(config.vocab_size, config.hidden_size), self._layers(config))
+        embedding = _Matrix(config.vocab_size, config.hidden_size, trained=train_embedding)
+        self.model = _Body(embedding, self._layers(config))
         if not config.tied_head:
-            self.lm_head = (_Trained if train_head else _Frozen)(config.head_rows, config.hidden_size)
+            self.lm_head = _Matrix(config.head_rows, config.hidden_size, trained=train_head)
         self._positions = Positions(config)
 
     @abstractmethod
@@ -83,8 +75,7 @@ class Draft(nn.Module, ABC):
     @property
     def head(self) -> Tensor:
         """[head_rows, hidden]."""
-        weight: Tensor = self.model.embed_tokens.weight if self.config.tied_head else self.lm_head.weight
-        return weight
+        return self.model.embed_tokens.weight if self.config.tied_head else self.lm_head.weight
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by checkpoint name."""
@@ -95,8 +86,7 @@ class Draft(nn.Module, ABC):
         return dict(self.state_dict())
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        weight: Tensor = self.model.embed_tokens.weight
-        return F.embedding(tokens, weight).float()
+        return F.embedding(tokens, self.model.embed_tokens.weight).float()
 
     def _first_step(self, x: Tensor, layout: BatchLayout) -> tuple[Tensor, list["_Memory"]]:
         """All rows through all layers, in the last one only the answer rows; also what each layer's rows left."""

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paceline.draftmodels import losses
+from paceline.draftmodels.distill import fused
 
-#: Elements of one chunk's [rows, vocabulary] buffers; a few of them then fit a last-level cache (8 MB in fp32).
-CHUNK_ELEMENTS = 1 << 21
+#: Elements of one chunk's [rows, vocabulary] buffers; a few of them then fit a last-level cache (4 MB each in fp32).
+CHUNK_ELEMENTS = 1 << 20
 
 
 class Rows(Protocol):
@@ -159,21 +160,55 @@ class Objective:
         scale: float,
         taid: float | None,
     ) -> StepFigures:
-        loss_sum = alpha_sum = 0.0
+        leaf.grad = torch.zeros_like(leaf)
+        loss_sum, alpha_sum = leaf.new_zeros(()), leaf.new_zeros(())
         chunk = max(self.chunk_elements // len(head), 1)
         for start in range(0, len(rows), chunk):
-            part = rows[start : start + chunk]
-            logits = F.linear(leaf[start : start + chunk].to(self.dtype), head.to(self.dtype)).float()
-            log_q = torch.log_softmax(logits / self.temperature if self.temperature != 1 else logits, -1)
-            log_p, log_c = teacher.compare(part, log_q)
-            with torch.no_grad():
-                alpha_sum += float(losses.acceptance(log_p, log_c).sum())
-            if self.loss == "ce":
-                loss = F.nll_loss(log_q, labels[part], ignore_index=-1, reduction="sum")
+            part, own = rows[start : start + chunk], slice(start, start + chunk)
+            if teacher.ids is None and taid is None:
+                loss, alpha = self._closed_form(leaf, own, head, teacher.log_p[part], labels[part], scale)
             else:
-                aim = log_p if taid is None else losses.interpolate(log_p, log_c, taid)
-                loss = losses.loss_named(self.loss)(aim, log_c).sum()
-            if loss.requires_grad:
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
-            loss_sum += float(loss.detach())
-        return StepFigures(self.rows_with_loss(rows, labels), len(rows), loss_sum, alpha_sum)
+                loss, alpha = self._autograd(leaf, own, head, teacher, part, labels[part], scale, taid)
+            loss_sum += loss
+            alpha_sum += alpha
+        return StepFigures(self.rows_with_loss(rows, labels), len(rows), float(loss_sum), float(alpha_sum))
+
+    @torch.no_grad()
+    def _closed_form(
+        self, leaf: Tensor, own: slice, head: Tensor, log_p: Tensor, labels: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        x, weight = leaf[own].to(self.dtype), head.to(self.dtype)
+        logits = F.linear(x, weight).float().div_(self.temperature)
+        if self.loss == "ce":
+            loss, alpha, gradient = fused.label_value_and_gradient(log_p, logits, labels)
+        else:
+            loss, alpha, gradient = fused.value_and_gradient(self.loss, log_p, logits)
+        narrow = gradient.mul_(scale / self.temperature).to(self.dtype)
+        assert leaf.grad is not None
+        leaf.grad[own] = (narrow @ weight).to(leaf.dtype)
+        if head.requires_grad:
+            more = (narrow.T @ x).to(head.dtype)
+            head.grad = more if head.grad is None else head.grad.add_(more)
+        return loss.sum(), alpha.sum()
+
+    def _autograd(
+        self,
+        leaf: Tensor,
+        own: slice,
+        head: Tensor,
+        teacher: TeacherBatch,
+        part: Tensor,
+        labels: Tensor,
+        scale: float,
+        taid: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        logits = F.linear(leaf[own].to(self.dtype), head.to(self.dtype)).float() / self.temperature
+        log_p, log_q = teacher.compare(part, logits.log_softmax(-1))
+        if self.loss == "ce":
+            loss = F.nll_loss(logits.log_softmax(-1), labels, ignore_index=-1, reduction="sum")
+        else:
+            aim = log_p if taid is None else losses.interpolate(log_p, log_q, taid)
+            loss = losses.loss_named(self.loss)(aim, log_q).sum()
+        (loss * scale).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return loss.detach(), losses.acceptance(log_p, log_q).sum()

@@ -20,7 +20,9 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> to
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, betas=_BETAS, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=recipe.lr, betas=_BETAS, fused=True
+    )
 
 
 def learning_rate(recipe: Recipe, used: float) -> float:

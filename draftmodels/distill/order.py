@@ -14,7 +14,10 @@ _SEEDS = 2**63
 def prompts_of_round(count: int, per_round: int, round_: int, seed: int) -> list[int]:
     """Indices of a round's prompts: all ``count`` prompts once in random order, then again in another one."""
     wanted = range(round_ * per_round, (round_ + 1) * per_round)
-    orders = {epoch: epoch_order(count, derive_seed(seed, "prompts"), epoch) for epoch in {i // count for i in wanted}}
+    orders = {
+        epoch: epoch_order(count, derive_seed(seed, "prompts"), epoch)
+        for epoch in {i // count for i in wanted}
+    }
     return [orders[i // count][i % count] for i in wanted]
 
 

@@ -70,5 +70,9 @@ class Ranks:
         gradients = [parameter.grad for parameter in owners if parameter.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in gradients]).cpu()
         dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+#: A job of one process.
+ONE_RANK = Ranks()

@@ -60,7 +60,9 @@ def _alpha(steps: Sequence[Line], measured: Sequence[Line]) -> Any:
         axes.plot([line["tokens"] for line in steps], smooth, alpha=0.4, label=f"training, step {index + 1}")
     for index in range(max((len(m["alpha_per_position"]) for m in measured), default=0)):
         points = [
-            (m["tokens"], m["alpha_per_position"][index]) for m in measured if index < len(m["alpha_per_position"])
+            (m["tokens"], m["alpha_per_position"][index])
+            for m in measured
+            if index < len(m["alpha_per_position"])
         ]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"held out, position {index + 1}")
     if steps or measured:

@@ -30,7 +30,12 @@ class FilePrompts:
         found = read_prompts(Path(recipe.prompts), local.tokenizer)
         kept = [prompt for prompt in found if len(prompt.tokens) <= recipe.prompt_tokens]
         if len(kept) < len(found):
-            _log.info("%d of %d prompts are longer than %d tokens", len(found) - len(kept), len(found), recipe.prompt_tokens)
+            _log.info(
+                "%d of %d prompts are longer than %d tokens",
+                len(found) - len(kept),
+                len(found),
+                recipe.prompt_tokens,
+            )
         if not kept:
             raise DataError(f"all prompts of {recipe.prompts} are longer than {recipe.prompt_tokens} tokens")
         if recipe.source == "fixed":
@@ -42,7 +47,9 @@ class FilePrompts:
 
     def of_round(self, round_: int) -> list[Prompt]:
         """The prompts that a round answers."""
-        chosen = order.prompts_of_round(len(self._training), self._recipe.round_prompts, round_, self._recipe.seed)
+        chosen = order.prompts_of_round(
+            len(self._training), self._recipe.round_prompts, round_, self._recipe.seed
+        )
         return [self._training[i] for i in chosen]
 
 
@@ -65,8 +72,12 @@ class SelfPrompts:
         if index not in self._shards:
             self._local.use_draft(None)
             seed = derive_seed(self._recipe.seed, "self", index)
-            written = self_prompts(self._local, count, seed=seed, max_prompt_tokens=self._recipe.prompt_tokens)
-            self._writer.write(index, [TokenSequence(prompt.tokens, len(prompt.tokens)) for prompt in written])
+            written = self_prompts(
+                self._local, count, seed=seed, max_prompt_tokens=self._recipe.prompt_tokens
+            )
+            self._writer.write(
+                index, [TokenSequence(prompt.tokens, len(prompt.tokens)) for prompt in written]
+            )
         return [Prompt(sequence.tokens) for sequence in self._shards.read(index)]
 
 
@@ -80,7 +91,11 @@ def open_prompts(recipe: Recipe, local: LocalEngine, run: Path) -> Prompts:
         DataError: a file without usable prompts.
         ConfigError: ``self`` with a target that has no chat template.
     """
-    return SelfPrompts(recipe, local, run / "prompts") if recipe.prompts == "self" else FilePrompts(recipe, local)
+    return (
+        SelfPrompts(recipe, local, run / "prompts")
+        if recipe.prompts == "self"
+        else FilePrompts(recipe, local)
+    )
 
 
 class EngineText:
@@ -131,7 +146,9 @@ class EngineText:
     def _usable(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
         usable = [sequence for sequence in sequences if sequence.answer_tokens]
         if not usable:
-            raise DataError("not one answer of this round has a token; see that the prompts are what they should be")
+            raise DataError(
+                "not one answer of this round has a token; see that the prompts are what they should be"
+            )
         return usable
 
 

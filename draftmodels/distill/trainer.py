@@ -25,7 +25,7 @@ from paceline.draftmodels.distill.metrics import MetricsFile
 from paceline.draftmodels.distill.objective import Objective, Rows, StepFigures
 from paceline.draftmodels.distill.optim import learning_rate, make_optimizer, set_rate
 from paceline.draftmodels.distill.pool import Batch, Entry, labels_among, make_batch
-from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
 
 #: Checkpoints within a round, for rounds that take longer than this.
 CHECKPOINT_SECONDS = 60.0
@@ -80,6 +80,7 @@ class Parts:
     Attributes:
         export: writes the draft as it is to a folder, with measured figures.
         threads: for torch while it trains.
+        started: when the job began, on ``clock``: opening models and writing first prompts count as its time, too.
     """
 
     text: TextSource
@@ -88,8 +89,9 @@ class Parts:
     progress: Progress
     export: Callable[[Path, Sequence[Mapping[str, Any]]], None]
     threads: int
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ONE_RANK
     clock: Callable[[], float] = time.monotonic
+    started: float | None = None
 
 
 class Trainer:
@@ -103,7 +105,9 @@ class Trainer:
         state: how far the job is.
     """
 
-    def __init__(self, recipe: Recipe, new: NewDraft, run: Path, parts: Parts, loaded: Loaded | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, new: NewDraft, run: Path, parts: Parts, loaded: Loaded | None = None
+    ) -> None:
         self._recipe, self._new, self._run, self._parts = recipe, new, run, parts
         self._device = torch.device(recipe.device)
         self._draft = new.draft.to(self._device)
@@ -121,7 +125,8 @@ class Trainer:
         self._metrics.rewind(-1 if loaded is None else self.state.step)
         self._rounds: dict[int, list[Entry]] = {}
         self._interrupted = False
-        self._saved_at = self._worked_from = parts.clock()
+        self._saved_at = parts.clock()
+        self._worked_from = self._saved_at if parts.started is None else parts.started
 
     def train(self) -> JobState:
         """Work until the budget is used, patience is at its end, or Ctrl-C.
@@ -193,7 +198,11 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         batch = self._batch(entries) if entries else None
         totals = self._totals(batch)
-        figures = self._forward_backward(batch, totals, used) if batch else [StepFigures(0, 0, 0.0, 0.0)] * len(totals)
+        figures = (
+            self._forward_backward(batch, totals, used)
+            if batch
+            else [StepFigures(0, 0, 0.0, 0.0)] * len(totals)
+        )
         self._parts.ranks.sum_gradients(self.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.grad_clip)
         self._optimizer.step()
@@ -235,7 +244,9 @@ class Trainer:
         alphas = [alpha / max(rows, 1) for _, rows, _, alpha in parts]
         state.labels_outside += int(skipped_sum)
         previous = state.running_alpha or alphas
-        state.running_alpha = [old + _RUNNING * (new - old) for old, new in zip(previous, alphas, strict=True)]
+        state.running_alpha = [
+            old + _RUNNING * (new - old) for old, new in zip(previous, alphas, strict=True)
+        ]
         self._count_time()
         weights = self._objective.step_weights
         line = {

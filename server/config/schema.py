@@ -56,7 +56,9 @@ class EngineConfig:
         flag="--engine",
         refused={"vllm": f'{_LATER}; use "native"'},
     )
-    device: Literal["auto", "cpu", "cuda"] = key_field("Where to run; auto takes CUDA if there is one.", "auto")
+    device: Literal["auto", "cpu", "cuda"] = key_field(
+        "Where to run; auto takes CUDA if there is one.", "auto"
+    )
     threads: int | None = key_field("CPU threads; auto takes the physical cores.", None, low=1, high=1024)
     kv_cache_gib: float | None = key_field("Memory for the KV cache of all models, GiB.", None, above=0)
     max_batch_tokens: int = key_field("Prefill tokens per engine step.", 512, low=1)
@@ -75,9 +77,13 @@ class SpeculationConfig:
         "How the draft length is chosen: adaptive drafts up to max_draft_tokens as far as it pays, fixed always them.",
         "adaptive",
     )
-    ngram: bool = key_field("Let requests, and the adaptive policy, use n-gram proposals beside the draft.", True)
+    ngram: bool = key_field(
+        "Let requests, and the adaptive policy, use n-gram proposals beside the draft.", True
+    )
     verify: Literal["block", "token"] = key_field("Verification rule for unseeded sampling.", "block")
-    min_lenience: float = key_field("Least lenience that requests may ask for; 1 is exact.", 1.0, above=0, high=1)
+    min_lenience: float = key_field(
+        "Least lenience that requests may ask for; 1 is exact.", 1.0, above=0, high=1
+    )
     lenience_form: Literal["exp", "lin", "sq"] = key_field(
         "What lenience e makes of a probability p: exp p^e, lin p/e, sq p/e^2.", "exp"
     )

@@ -42,7 +42,10 @@ def export(folder: Path, target: Path, new: NewDraft) -> NativeCheckpoint:
         ({"train_head": True}, FeatureDraft),
         ({"init": "layers:1"}, IndependentDraft),
         ({"init": "layers:1,0", "train_head": True, "train_embedding": True}, IndependentDraft),
-        ({"init": "random", "layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64}, IndependentDraft),
+        (
+            {"init": "random", "layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64},
+            IndependentDraft,
+        ),
         ({"init": "random"}, IndependentDraft),
     ],
     ids=["feature", "feature-2", "feature-head", "cut", "cut-all", "random", "random-shared"],
@@ -78,16 +81,24 @@ def test_frozen_matrices_of_the_target_are_not_stored_again(tiny_checkpoint: Any
     assert not {EMBEDDING, HEAD} & set(stored)
 
 
-def test_a_feature_draft_starts_from_late_layers_and_the_passing_state(tiny_checkpoint: Any) -> None:
+def test_a_feature_draft_starts_with_the_state_passing_through(tiny_checkpoint: Any) -> None:
     target = open_checkpoint(tiny_checkpoint())
-    state = start(tiny_checkpoint()).draft.state_dict()
     name = "mlp.gate_proj.weight"
-    assert torch.equal(state[f"model.layers.0.{name}"], target.tensor(f"model.layers.1.{name}"))
-    first = start(tiny_checkpoint(), block_from="0").draft.state_dict()
-    assert torch.equal(first[f"model.layers.0.{name}"], target.tensor(f"model.layers.0.{name}"))
-    random = start(tiny_checkpoint(), block_from="random").draft.state_dict()
+    random = start(tiny_checkpoint()).draft.state_dict()
     assert float(random[f"model.layers.0.{name}"].std()) == pytest.approx(0.02, rel=0.1)
-    assert torch.equal(state["model.fc.weight"][:, 64:], torch.eye(64))
+    assert torch.equal(random["model.fc.weight"][:, 64:], torch.eye(64))
+    copied = start(tiny_checkpoint(), block_from="0", layers=2).draft.state_dict()
+    for layer in (0, 1):
+        assert torch.equal(
+            copied[f"model.layers.{layer}.{name}"], target.tensor(f"model.layers.{layer}.{name}")
+        )
+    normed = torch.randn(5, 64)  # before any norm's weights
+    query = "model.layers.0.self_attn.q_proj.weight"
+    theirs = (normed * target.tensor("model.layers.0.input_layernorm.weight")) @ target.tensor(query).T
+    ours = (normed * target.tensor("model.norm.weight")) @ copied[query].T
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    down = "model.layers.0.mlp.down_proj.weight"
+    torch.testing.assert_close(copied[down], 0.02 * target.tensor(down))
 
 
 def test_training_goes_on_from_an_artifact(tiny_checkpoint: Any, tmp_path: Path) -> None:
@@ -125,7 +136,9 @@ def test_what_does_not_fit_is_refused(tiny_checkpoint: Any, changes: dict[str, A
 def test_a_draft_vocabulary_follows_expected_counts() -> None:
     probabilities = torch.tensor([[0.5, 0.3, 0.1], [0.6, 0.3, 0.05]])
     rows: list[Rows] = [
-        TeacherRows(torch.zeros(3, 2), probabilities.log(), torch.tensor([[7, 4, 9], [4, 9, 2]]), torch.zeros(2))
+        TeacherRows(
+            torch.zeros(3, 2), probabilities.log(), torch.tensor([[7, 4, 9], [4, 9, 2]]), torch.zeros(2)
+        )
     ]
     ids, mass = expected_vocabulary(rows, 3, vocab_size=10, always=[1])
     assert ids.tolist() == [1, 4, 7]  # 4: 0.9, 7: 0.5, 9: 0.4

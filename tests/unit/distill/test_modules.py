@@ -55,7 +55,9 @@ def test_an_independent_draft_computes_what_transformers_does(tiny_checkpoint: A
     torch.testing.assert_close(out, torch.cat(expected), atol=2e-4, rtol=2e-4)
 
 
-def serve(draft: FeatureDraft, tokens: tuple[int, ...], states: Tensor, verified: int, steps: int) -> list[Tensor]:
+def serve(
+    draft: FeatureDraft, tokens: tuple[int, ...], states: Tensor, verified: int, steps: int
+) -> list[Tensor]:
     """The serving recurrence, position by position: rows 0..verified from the target's states, then the draft alone.
 
     states: [tokens, hidden], after each token. Returns the draft's state of each of the ``steps`` draft steps.
@@ -85,7 +87,7 @@ def naive_block(
     if c.qk_norm:
         q, k = norm(q, attention.q_norm.weight), norm(k, attention.k_norm.weight)
     angle = position * torch.tensor(c.rope_inv_freq)
-    turn = lambda h: torch.cat(  # noqa: E731
+    turn = lambda h: torch.cat(
         (
             h[:, : c.head_dim // 2] * angle.cos() - h[:, c.head_dim // 2 :] * angle.sin(),
             h[:, c.head_dim // 2 :] * angle.cos() + h[:, : c.head_dim // 2] * angle.sin(),
@@ -106,14 +108,19 @@ def naive_block(
     return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(inner)) * layer.mlp.up_proj(inner))
 
 
-@pytest.mark.parametrize(("arch", "layers"), [("llama", 1), ("llama", 2), ("mistral", 1), ("qwen2", 1), ("qwen3", 2)])
+@pytest.mark.parametrize(
+    ("arch", "layers"), [("llama", 1), ("llama", 2), ("mistral", 1), ("qwen2", 1), ("qwen3", 2)]
+)
 def test_unrolled_steps_equal_the_serving_recurrence(tiny_checkpoint: Any, arch: str, layers: int) -> None:
     config = config_of(tiny_checkpoint(arch), num_layers=layers, tied_head=False)
     if arch == "mistral":
         config = replace(config, sliding_windows=(6,) * layers)
     draft = FeatureDraft(config, steps=3)
     randomise(draft)
-    states = [torch.randn(len(s.tokens), config.hidden_size, generator=torch.Generator().manual_seed(3)) for s in BATCH]
+    states = [
+        torch.randn(len(s.tokens), config.hidden_size, generator=torch.Generator().manual_seed(3))
+        for s in BATCH
+    ]
     layout = lay_out(BATCH)
     rows = torch.cat([torch.cat((torch.zeros(1, config.hidden_size), h[:-2])) for h in states])
     outputs = draft(layout, rows)

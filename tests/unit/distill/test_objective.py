@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from paceline.draftmodels import losses
+from paceline.draftmodels.distill.fused import value_and_gradient
 from paceline.draftmodels.distill.objective import Objective, TeacherBatch
 
 VOCAB, HIDDEN, ROWS = 13, 6, 9
@@ -68,7 +69,9 @@ def test_top_k_of_everything_is_the_dense_teacher() -> None:
         output.grad = None
     top = log_p.topk(VOCAB - 1)
     rest = log_p.min(-1).values
-    figures = objective.backward(outputs, head, TeacherBatch(top.values, top.indices, rest), STEP_ROWS, labels)
+    figures = objective.backward(
+        outputs, head, TeacherBatch(top.values, top.indices, rest), STEP_ROWS, labels
+    )
     for one, output in zip(dense, outputs, strict=True):
         torch.testing.assert_close(output.grad, one)
     assert figures[0].alpha < ROWS
@@ -81,7 +84,12 @@ def test_totals_of_all_ranks_make_summed_gradients_those_of_one_process() -> Non
     for half in halves:
         count = half.stop - half.start
         objective.backward(
-            [outputs[0][half]], head, TeacherBatch(log_p[half]), [torch.arange(count)], labels[half], totals=[ROWS]
+            [outputs[0][half]],
+            head,
+            TeacherBatch(log_p[half]),
+            [torch.arange(count)],
+            labels[half],
+            totals=[ROWS],
         )
     summed = outputs[0].grad
     whole = problem()[0][0]
@@ -103,3 +111,17 @@ def test_taid_starts_at_the_draft_and_ends_at_the_teacher() -> None:
     assert norms[0] < 1e-6 < norms[1] < norms[2]
     assert outputs[0].grad is not None
     assert norms[2] == pytest.approx(float(outputs[0].grad.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [*losses.LOSSES, "jsd:0.1", "jsd:0", "jsd:1"])
+def test_closed_forms_equal_the_eager_losses(name: str) -> None:
+    _, _, log_p, _ = problem()
+    log_p = log_p.clone()
+    log_p[0, 0] = -torch.inf if name not in ("rkl", "jsd:1") else log_p[0, 0]
+    logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    eager = losses.loss_named(name)(log_p, logits.log_softmax(-1))
+    (expected,) = torch.autograd.grad(eager.sum(), logits)
+    loss, alpha, gradient = value_and_gradient(name, log_p, logits.detach())
+    torch.testing.assert_close(loss, eager.detach(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(alpha, losses.acceptance(log_p, logits.detach().log_softmax(-1)))

@@ -40,7 +40,9 @@ def test_losses_fall(tiny_checkpoint: Any, tmp_path: Path, init: str) -> None:
     assert sum(last) < 0.96 * sum(first)
 
 
-def test_a_killed_job_goes_on_with_the_losses_of_an_uninterrupted_one(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_a_killed_job_goes_on_with_the_losses_of_an_uninterrupted_one(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     target, recipe = tiny_checkpoint(), small_recipe()
     make_trainer(target, tmp_path / "whole", recipe).train()
     whole = losses(tmp_path / "whole")
