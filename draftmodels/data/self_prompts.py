@@ -50,7 +50,7 @@ def self_prompts(
     count: int,
     *,
     seed: int,
-    max_prompt_tokens: int = 192,
+    max_prompt_tokens: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Prompt]:
     """Let the target write ``count`` different prompts; the same ones for the same seed.

@@ -34,7 +34,7 @@ from paceline.server.models.llama import Decoder
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
 from paceline.server.models.manifest import check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
-from paceline.server.models.tokenizer import load_tokenizer
+from paceline.server.models.tokenizer import load_tokenizer, tokenizer_folder
 
 _log = logging.getLogger(__name__)
 #: "auto" KV budget: room for this many full contexts of every model, at most a quarter of the free memory.
@@ -250,9 +250,9 @@ def load_draft(
 
 
 def _same_tokenizer_files(path: Path, other: Path) -> bool:
-    """Whether two folders hold copies of one tokenizer, which spares loading it a second time."""
+    """Whether two models hold copies of one tokenizer, which spares loading it a second time."""
     names = ("tokenizer.json", "tokenizer_config.json")
-    pairs = [(path / name, other / name) for name in names]
+    pairs = [(tokenizer_folder(path) / name, tokenizer_folder(other) / name) for name in names]
     return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 

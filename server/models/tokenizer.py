@@ -29,12 +29,17 @@ def load_tokenizer(path: Path) -> "HfTokenizer":
         ArtifactError: there is none, or it cannot be read.
         UnsupportedModelError: it is neither byte-level BPE nor sentencepiece BPE.
     """
+    folder = tokenizer_folder(path)
+    return _load_folder(path) if folder == path else _load_converted(folder)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where a model's tokenizer files are: the folder itself, or what a ``.gguf`` file's tokenizer was converted to."""
     if path.suffix == ".gguf" and path.is_file():
         from paceline.server.models.gguf_tokenizer import converted_folder
 
-        folder = converted_folder(path)
-        return _load_converted(folder)
-    return _load_folder(path)
+        return converted_folder(path)
+    return path
 
 
 def _load_folder(folder: Path) -> "HfTokenizer":
