@@ -7,7 +7,8 @@ log q only. Categories are the vocabulary, or the target's top-k tokens plus one
 
 q is normalised over the last dimension. p may be a sub-distribution: the part of the target on the ids that a draft of
 a restricted vocabulary proposes, of mass m <= 1, with q = 0 on all others. RKL, TVD, LK and acceptance are then those
-of the full vocabulary exactly; JSD lacks the constant beta (1 - m) log(1/beta); FKL, infinite over the full vocabulary, is
+of the full vocabulary exactly; JSD lacks the constant beta (1 - m) log(1/beta); FKL, infinite over the full vocabulary,
+is
 the sum over the proposed ids: least at q = p / m, where it is m log m <= 0. Gradients are right for all of them.
 """
 

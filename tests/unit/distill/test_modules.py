@@ -77,6 +77,12 @@ def serve(
     return result
 
 
+def turned(h: Tensor, angle: Tensor) -> Tensor:
+    half = h.shape[1] // 2
+    left, right = h[:, :half], h[:, half:]
+    return torch.cat((left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()), 1)
+
+
 def naive_block(
     layer: Any, index: int, x: Tensor, position: int, keys: list[Tensor], values: list[Tensor], c: ModelConfig
 ) -> Tensor:
@@ -87,18 +93,11 @@ def naive_block(
     if c.qk_norm:
         q, k = norm(q, attention.q_norm.weight), norm(k, attention.k_norm.weight)
     angle = position * torch.tensor(c.rope_inv_freq)
-    turn = lambda h: torch.cat(
-        (
-            h[:, : c.head_dim // 2] * angle.cos() - h[:, c.head_dim // 2 :] * angle.sin(),
-            h[:, c.head_dim // 2 :] * angle.cos() + h[:, : c.head_dim // 2] * angle.sin(),
-        ),
-        1,
-    )
-    keys.append(turn(k))
+    keys.append(turned(k, angle))
     values.append(v)
     window = c.sliding_windows[index] or len(keys)
     heads = []
-    for head, query in enumerate(turn(q)):
+    for head, query in enumerate(turned(q, angle)):
         group = head * c.num_kv_heads // c.num_heads
         seen = torch.stack([key[group] for key in keys[-window:]])
         weights = (seen @ query / c.head_dim**0.5).softmax(0)
