@@ -20,7 +20,8 @@ from paceline.kernels.cpu.library import Pool
 from paceline.server.config import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig, resolve
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
 from paceline.server.decoding.verify import Rule
-from paceline.server.engine.build import Parts, Wiring, load_draft, load_parts, make_loader, wire
+from paceline.server.engine.build import Wiring, wire
+from paceline.server.engine.parts import Parts, load_draft, load_parts, make_loader
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.engine.request import SamplingParams, SpeculationParams
 from paceline.server.errors import ConfigError
@@ -68,7 +69,11 @@ class LocalEngine:
         context_length: int | None = None,
     ) -> None:
         speculation = SpeculationConfig(
-            policy="fixed", ngram=False, max_draft_tokens=MAX_DRAFT_TOKENS, min_lenience=_TAKES_ALL
+            draft=None,
+            policy="fixed",
+            ngram=False,
+            max_draft_tokens=MAX_DRAFT_TOKENS,
+            min_lenience=_TAKES_ALL,
         )
         spec = ModelSpec(_NAME, str(target), weights, context_length, speculation)
         engine = EngineConfig(device=device, threads=threads, max_running=streams)

@@ -46,6 +46,8 @@ async def measure(plan: Plan, prompts: Sequence[Prompt], outcome: Outcome) -> No
     await engine.start()
     try:
         (outcome.model,) = engine.models.values()
+        if outcome.model.default_draft is None:
+            raise ConfigError("--draft auto: no draft comes with Paceline for this target; name one")
         _check_lengths(prompts, plan, outcome.model)
         with progress(plan.passes * len(prompts)) as shown:
             passes = _Passes(engine, outcome.model, examiner, plan, prompts, shown)

@@ -17,6 +17,8 @@ from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
 Section = Literal["server", "engine", "model", "speculation"]
 Kind = Literal["text", "texts", "int", "float", "bool", "choice"]
 
+#: Draft that is looked for among those that come with Paceline, by the target's weights.
+AUTO_DRAFT = "auto"
 _LATER = "is not available in this version"
 
 
@@ -71,7 +73,11 @@ class EngineConfig:
 class SpeculationConfig:
     """The ``[models.speculation]`` table; ``draft`` None switches speculation off unless a request asks."""
 
-    draft: str | None = key_field('Draft model reference, "ngram" or "none".', None, none_word="none")
+    draft: str | None = key_field(
+        'Draft model reference, "ngram" or "none"; auto is the one that comes with Paceline for the target, if any.',
+        AUTO_DRAFT,
+        none_word="none",
+    )
     max_draft_tokens: int = key_field("Draft tokens per block.", 4, low=1, high=MAX_DRAFT_TOKENS)
     policy: Literal["adaptive", "fixed"] = key_field(
         "How the draft length is chosen: adaptive drafts up to max_draft_tokens as far as it pays, fixed always them.",

@@ -1,46 +1,38 @@
 """Configuration -> engine: resolves references, loads weights, sizes the KV arena, wires the served models."""
 
-import filecmp
 import hashlib
-import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import torch
 
 from paceline.kernels.cpu.library import Pool
-from paceline.kernels.formats import LANES
-from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
+from paceline.server.config.schema import EngineConfig, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
-from paceline.server.engine.interface import EngineObserver, ModelInfo, Tokenizer
+from paceline.server.engine.interface import EngineObserver, ModelInfo
 from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
+from paceline.server.engine.parts import Parts, load_parts, make_loader
 from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
 from paceline.server.engine.runner import TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
 from paceline.server.errors import ConfigError
 from paceline.server.models.llama import Decoder
-from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
-from paceline.server.models.manifest import check_tokenizer, read_manifest
-from paceline.server.models.sources import resolve
-from paceline.server.models.tokenizer import load_tokenizer, tokenizer_folder
+from paceline.server.models.loader import LoadedModel, ModelLoader
 
-_log = logging.getLogger(__name__)
 #: "auto" KV budget: room for this many full contexts of every model, at most a quarter of the free memory.
 _AUTO_CONTEXTS = 4
 _AUTO_MEMORY_SHARE = 0.25
-_T = TypeVar("_T")
 
 
 def build_engine(
@@ -51,46 +43,6 @@ def build_engine(
         lambda: build_native(config, observer, examiner),
         max_queued_requests=config.server.max_queued_requests,
     )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """One served model's loaded pieces; ``target`` is what is served."""
-
-    spec: ModelSpec
-    tokenizer: Tokenizer
-    target: LoadedModel
-    draft: LoadedModel | None
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache that one token takes, all members together."""
-        return sum(shape.bytes_per_token for shape, _ in self.members)
-
-    @property
-    def reads_states(self) -> bool:
-        """Whether the draft reads the target's states, which are kept for it then."""
-        return self.draft is not None and self.draft.config.reads_state
-
-    @property
-    def target_shape(self) -> MemberShape:
-        """The target as the KV arena sees it."""
-        key = f"{self.target.key}/states" if self.reads_states else self.target.key
-        return MemberShape(key, self.target.config, self.target.kv_dtype, keeps_states=self.reads_states)
-
-    @property
-    def draft_shape(self) -> MemberShape | None:
-        """The draft as the KV arena sees it, if there is one; KV that follows from states depends on whose they are."""
-        if self.draft is None:
-            return None
-        key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
-        return MemberShape(key, self.draft.config, self.draft.kv_dtype)
-
-    @property
-    def members(self) -> list[tuple[MemberShape, LoadedModel]]:
-        """Everything that stores KV."""
-        pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
-        return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
 
 
 @dataclass(frozen=True)
@@ -137,24 +89,6 @@ def build_native(
     return BuiltEngine(engine, {name: model.info for name, model in wiring.served.items()})
 
 
-def make_loader(engine: EngineConfig) -> ModelLoader:
-    """A loader for the device, with the threads that its models will run on; ``engine`` must be resolved.
-
-    Raises:
-        ConfigError: a block size that the CPU kernels cannot use.
-    """
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
-    pool = Pool(engine.threads or 1) if kernels_wanted(engine.device) else None
-    if pool is not None:  # one thread pool at work at a time: torch's own would spin beside the kernels'
-        torch.set_num_threads(1)
-        if engine.block_size % LANES:
-            raise ConfigError(
-                f"engine.block_size: the CPU kernels need a multiple of {LANES}, not {engine.block_size}"
-            )
-    return ModelLoader(torch.device(engine.device), pool)
-
-
 def wire(parts: Sequence[Parts], engine: EngineConfig, loader: ModelLoader) -> Wiring:
     """Put models over one KV arena.
 
@@ -188,72 +122,6 @@ def make_runner(
     return CpuRunner(
         member.weights, pool, layout, arena.buffer, member.kv_dtype, keep_states=shape.keeps_states
     )
-
-
-def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
-    """Load what a served model consists of.
-
-    Raises:
-        UserError: a model that cannot be found or loaded, or a draft that does not fit.
-    """
-    path = resolve(spec.target)
-    tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
-    target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
-    if target.config.head_rows != target.config.vocab_size:
-        raise ConfigError(
-            f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
-            "serve its target and name it with --draft"
-        )
-    if target.config.reads_state:
-        raise ConfigError(
-            f"{path} reads the states of a target, so that it can only draft: serve its target and name it with --draft"
-        )
-    return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader))
-
-
-def load_draft(
-    spec: ModelSpec,
-    target: LoadedModel,
-    tokenizer: Tokenizer,
-    loader: ModelLoader,
-    *,
-    fleeting: bool = False,
-) -> LoadedModel | None:
-    """Load the draft model that ``spec`` names, if it names one, and see that it fits the target.
-
-    Args:
-        tokenizer: the target's.
-        fleeting: see ``ModelLoader.load``.
-
-    Raises:
-        UserError: it cannot be found or loaded, or does not fit.
-    """
-    reference = spec.speculation.draft
-    if reference is None or reference == "ngram":
-        return None
-    path = resolve(reference)
-    manifest = read_manifest(path)
-    if manifest is not None:
-        check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
-    if not _same_tokenizer_files(path, target.path):
-        check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
-    draft = _timed(
-        f"draft of {spec.name}",
-        lambda: loader.load(path, spec.weights, target=target.path, fleeting=fleeting),
-    )
-    if draft.config.reads_state and draft.config.hidden_size != target.config.hidden_size:
-        raise ConfigError(
-            f"{path} reads states of width {draft.config.hidden_size}, but those of {target.path} have "
-            f"{target.config.hidden_size}: use the draft with the target it was made for"
-        )
-    return draft
-
-
-def _same_tokenizer_files(path: Path, other: Path) -> bool:
-    """Whether two models hold copies of one tokenizer, which spares loading it a second time."""
-    names = ("tokenizer.json", "tokenizer_config.json")
-    pairs = [(tokenizer_folder(path) / name, tokenizer_folder(other) / name) for name in names]
-    return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
 def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine: EngineConfig) -> ServedModel:
@@ -321,10 +189,3 @@ def _kv_bytes(engine: EngineConfig, members: list[MemberShape], device: torch.de
     wanted = sum(_AUTO_CONTEXTS * m.config.context_length * m.bytes_per_token for m in members)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return min(wanted, int(free * _AUTO_MEMORY_SHARE))
-
-
-def _timed(what: str, load: Callable[[], _T]) -> _T:
-    started = time.monotonic()
-    result = load()
-    _log.info("loaded %s in %.1f s", what, time.monotonic() - started)
-    return result

