@@ -47,7 +47,7 @@ def test_defaults_serve_the_default_model_without_speculation() -> None:
     assert config == PacelineConfig(models=(ModelSpec(name=DEFAULT_TARGET, target=DEFAULT_TARGET),))
     assert config.server == ServerConfig(host="127.0.0.1", port=8000, log_format="text")
     assert config.engine == EngineConfig(max_batch_tokens=512, max_running=64, block_size=16)
-    assert config.models[0].speculation.draft is None
+    assert config.models[0].speculation.draft == "auto"
 
 
 def test_every_table_of_a_file_is_read(write: Write) -> None:
