@@ -21,7 +21,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 4
+ABI_VERSION = 5
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -77,6 +77,8 @@ def library() -> ctypes.CDLL:
     lib.pl_read_states.restype = None
     lib.pl_argmax.argtypes = [PTR, I32, I64, PTR, PTR, I32]
     lib.pl_read.argtypes = [PTR, I64, PTR, I32]
+    lib.pl_gumbel.argtypes = [PTR, I32, I64, PTR, I32]
+    lib.pl_gumbel.restype = None
     return lib
 
 
@@ -183,6 +185,20 @@ class Pool:
         """Read a tensor's memory once, for measuring bandwidth."""
         size = memory.numel() * memory.element_size()
         self._library.pl_read(memory.data_ptr(), size, self.handle, self.isa_code)
+
+
+def gumbel(keys: Tensor, columns: int, isa: Isa | None = None) -> Tensor:
+    """Standard Gumbel noise of SplitMix64 streams: int64 [rows] keys -> fp32 [rows, columns], on the calling thread.
+
+    Args:
+        isa: None is ``best_isa``.
+    """
+    assert keys.dtype is torch.int64
+    assert keys.is_contiguous()
+    noise = torch.empty(len(keys), columns)
+    code = ISAS.index(isa or best_isa())
+    library().pl_gumbel(keys.data_ptr(), len(keys), columns, noise.data_ptr(), code)
+    return noise
 
 
 def pointer(tensor: Tensor | None) -> int | None:

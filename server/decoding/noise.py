@@ -14,6 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paceline.kernels.cpu.library import available
+from paceline.kernels.cpu.library import gumbel as native_gumbel
+
 _WORD = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -81,15 +84,27 @@ def gumbel(
         float32 [R, V], finite, between about -3.6 and 36.8.
     """
     keys = [_signed(_key(*words)) for words in zip(seeds, choices, positions, strict=True)]
+    if torch.device(device).type == "cpu" and available():
+        return native_gumbel(torch.tensor(keys, dtype=torch.int64), vocab_size)
+    return streams(torch.tensor(keys, dtype=torch.int64, device=device), vocab_size)
+
+
+def streams(keys: Tensor, vocab_size: int) -> Tensor:
+    """The noise of streams that start at ``keys``, int64 [R], in torch; the native kernel has the same bits but for the
+    last one of a rare value.
+
+    Returns:
+        float32 [R, V] on the device of ``keys``.
+    """
+    device = keys.device
     steps = torch.arange(vocab_size, dtype=torch.int64, device=device) * _signed(_GAMMA)
-    starts = torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
     noise = torch.empty(len(keys), vocab_size, device=device)
-    rows = len(keys) if noise.device.type != "cpu" else min(len(keys), max(1, _CACHED_WORDS // vocab_size))
+    rows = len(keys) if device.type != "cpu" else min(len(keys), max(1, _CACHED_WORDS // vocab_size))
     words = torch.empty(rows, vocab_size, dtype=torch.int64, device=device)
     scratch, uniforms = torch.empty_like(words), torch.empty_like(words, dtype=torch.float64)
     for first in range(0, len(keys), max(1, rows)):
         part, count = noise[first : first + rows], min(rows, len(keys) - first)
-        torch.add(starts[first : first + rows], steps, out=words[:count])
+        torch.add(keys[first : first + rows, None], steps, out=words[:count])
         _mix_(words[:count], scratch[:count])
         part.copy_(_gumbel_(words[:count], uniforms[:count]))
     return noise

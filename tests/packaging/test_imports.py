@@ -28,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "paceline.server.decoding",
         "paceline.server.engine",
         "paceline.server.errors",
+        "paceline.server.log",
     ),
 }
 

@@ -59,6 +59,7 @@ struct KernelTable {
     void (*attend)(const KvLayer &, const Queries &, float *scratch);
     int32_t (*argmax)(const float *x, int64_t n);
     void (*read)(const uint8_t *memory, int64_t bytes);
+    void (*gumbel)(uint64_t key, int64_t n, float *out);
 };
 
 extern const KernelTable kPortableKernels;

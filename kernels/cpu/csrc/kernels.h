@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "linear.h"
+#include "noise.h"
 #include "rows.h"
 
 namespace PL_ISA_NS {
@@ -18,6 +19,6 @@ static void read(const uint8_t *memory, int64_t bytes) {
     (void)sink;
 }
 
-#define PL_TABLE {linear_tiles, prepare_row, store_state, norm, rotate, store_kv, attend, argmax, read}
+#define PL_TABLE {linear_tiles, prepare_row, store_state, norm, rotate, store_kv, attend, argmax, read, gumbel}
 
 }  // namespace PL_ISA_NS

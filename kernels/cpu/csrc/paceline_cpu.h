@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 4
+#define PL_ABI_VERSION 5
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
 
@@ -109,6 +109,9 @@ PL_API int32_t pl_linear_forward(const pl_linear *linear, const float *x, int32_
 // Rows of gate and up come interleaved tile by tile from the caller.
 PL_API int64_t pl_packed_bytes(int32_t format, int32_t out, int32_t in);
 PL_API int32_t pl_pack(int32_t format, const float *w, int32_t out, int32_t in, void *data, float *scale, pl_pool *pool);
+
+// Gumbel noise of seeded rows, on the calling thread: keys [rows] -> out [rows][n].
+PL_API void pl_gumbel(const int64_t *keys, int32_t rows, int64_t n, float *out, int32_t isa);
 
 // Index of the greatest value of each row, the lowest among equals: x [rows][columns].
 PL_API void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl_pool *pool, int32_t isa);

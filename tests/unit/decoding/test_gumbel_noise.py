@@ -4,9 +4,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from native_kernels import require_native
 from scipy import stats
 
-from paceline.server.decoding.noise import gumbel
+from paceline.kernels.cpu.library import ISAS, Isa, usable_isas
+from paceline.kernels.cpu.library import gumbel as native_gumbel
+from paceline.server.decoding.noise import gumbel, streams
 
 torch.set_num_threads(1)
 
@@ -75,7 +78,7 @@ def test_has_fine_tails(monkeypatch: pytest.MonkeyPatch) -> None:
     # The extreme words of the mixer: the smallest and largest uniforms stay strictly inside (0, 1).
     words = torch.tensor([[0, -1, 2**63 - 1, -(2**63)]])
     monkeypatch.setattr("paceline.server.decoding.noise._mix_", lambda mixed, _: mixed.copy_(words))
-    values = gumbel([0], [0], [0], 4, "cpu")[0]
+    values = streams(torch.zeros(1, dtype=torch.int64), 4)[0]
     lowest, highest = -np.log(53 * np.log(2)), 53 * np.log(2)
     assert values[0].item() == pytest.approx(lowest, rel=1e-6)
     assert values[1].item() == pytest.approx(highest, rel=1e-6)
@@ -106,3 +109,32 @@ PINNED = [
     [0.40234175, -0.71439511, -1.09772265, 0.91632175],
     [-0.40884316, 0.49976960, 2.51172113, -1.26204288],
 ]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_native_kernel_has_the_same_noise(isa: Isa) -> None:
+    """The last bit may differ, as logarithms of two libraries do; it hardly ever does. Odd widths reach the tails."""
+    require_native()
+    if isa not in usable_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    keys = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x1234_5678_9ABC_DEF0])
+    for columns in (1, 7, 8, 300, 20_011):
+        found, expected = native_gumbel(keys, columns, isa), streams(keys, columns)
+        assert torch.allclose(found, expected, rtol=2.4e-7, atol=1e-9)
+        assert (found != expected).float().mean() < 1e-3
+
+
+def test_seeded_rows_take_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_native()
+    taken: list[int] = []
+
+    def recording(keys: torch.Tensor, columns: int) -> torch.Tensor:
+        taken.append(columns)
+        return native_gumbel(keys, columns)
+
+    monkeypatch.setattr("paceline.server.decoding.noise.native_gumbel", recording)
+    native = gumbel([5], [0], [7], 50, "cpu")
+    assert taken == [50]
+    monkeypatch.setattr("paceline.server.decoding.noise.available", lambda: False)
+    assert torch.allclose(gumbel([5], [0], [7], 50, "cpu"), native, rtol=2.4e-7)
+    assert taken == [50]
