@@ -35,7 +35,9 @@ def arguments(target: Path, prompts: Path, run: Path, *more: str) -> list[str]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return {line["step"]: line["loss"] for line in lines}
 
 
 @pytest.mark.parametrize(
