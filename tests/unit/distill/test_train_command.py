@@ -26,7 +26,9 @@ SMALL = (
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     words = ["one", "two three", "four", "on the sea", "here", "there it is", "is it", "at once"]
-    path.write_text("".join(json.dumps({"prompt": word, "answer": f"an answer to {word}"}) + "\n" for word in words))
+    path.write_text(
+        "".join(json.dumps({"prompt": word, "answer": f"an answer to {word}"}) + "\n" for word in words)
+    )
     return path
 
 
@@ -52,7 +54,11 @@ def losses(run: Path) -> dict[int, float]:
     ids=["feature", "feature-mixed", "cut-ce", "random-on-policy", "cut-top-k-taid"],
 )
 def test_a_run_leaves_a_measured_draft(
-    tiny_checkpoint: Any, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+    tiny_checkpoint: Any,
+    tmp_path: Path,
+    prompts: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
 ) -> None:
     target, run = tiny_checkpoint(), tmp_path / "run"
     assert console.main(arguments(target, prompts, run, "--max-steps", "5", "--json", *more)) == 0
@@ -69,7 +75,9 @@ def test_a_run_leaves_a_measured_draft(
     assert all(loss == loss for loss in losses(run).values())
 
 
-def test_kill_and_resume_equal_the_uninterrupted_run(tiny_checkpoint: Any, tmp_path: Path, prompts: Path) -> None:
+def test_kill_and_resume_equal_the_uninterrupted_run(
+    tiny_checkpoint: Any, tmp_path: Path, prompts: Path
+) -> None:
     target = tiny_checkpoint()
     common = ("--source", "mixed", "--max-steps", "40")
     command = [sys.executable, "-c", "from paceline.clients.console import main; main()"]
@@ -88,7 +96,11 @@ def test_kill_and_resume_equal_the_uninterrupted_run(tiny_checkpoint: Any, tmp_p
     assert console.main(arguments(target, prompts, tmp_path / "whole", *common)) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     taus = [
-        [line["measured"]["tau"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "measured" in line]
+        [
+            line["measured"]["tau"]
+            for line in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "measured" in line
+        ]
         for name in ("killed", "whole")
     ]
     assert taus[0] == taus[1]
@@ -101,7 +113,10 @@ def test_another_job_cannot_be_resumed(
     assert console.main(arguments(tiny_checkpoint(), prompts, run, "--max-steps", "2")) == 0
     for changed, words in (
         (["train-draft", "other", "-o", str(run), "--resume"], "was started for"),
-        (["train-draft", str(tiny_checkpoint()), "-o", str(run), "--resume", "--lr", "0.5"], "--lr: the run was"),
+        (
+            ["train-draft", str(tiny_checkpoint()), "-o", str(run), "--resume", "--lr", "0.5"],
+            "--lr: the run was",
+        ),
         (arguments(tiny_checkpoint(), prompts, run), "--resume"),
     ):
         capsys.readouterr()
