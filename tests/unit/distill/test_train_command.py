@@ -16,10 +16,11 @@ from paceline.draftmodels.distill.metrics import read_metrics
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.native_form import NativeCheckpoint
 
-SMALL = (
+SMALL_OPTIONS = (
     "--draft-vocab 100 --round-prompts 4 --answer-tokens 12 --batch-tokens 60 --held-out 2 --eval-tokens 8 "
     "--eval-rounds 1 --streams 4 --threads 1 --precision fp32 --reuse 2 --weights fp32"
-).split()
+)
+SMALL = SMALL_OPTIONS.split()
 
 
 @pytest.fixture
