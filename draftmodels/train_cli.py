@@ -52,6 +52,7 @@ def train_draft(
         if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise ConfigError(f"{output} is in use; go on with --resume or name another folder")
         save_recipe(output, target, chosen)
+    ranks.from_main(None)  # the others wait until the folder is there
     outcome = run_job(target, chosen, output, ranks)
     if ranks.is_main:
         typer.echo(json.dumps(_facts(outcome)) if as_json else _text(_facts(outcome)))

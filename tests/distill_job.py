@@ -20,8 +20,9 @@ from paceline.draftmodels.distill.checkpoint import JobState, load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import new_draft
 from paceline.draftmodels.distill.layout import Tokens
+from paceline.draftmodels.distill.parts import Parts
 from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
-from paceline.draftmodels.distill.trainer import Parts, Trainer
+from paceline.draftmodels.distill.trainer import Trainer
 from paceline.draftmodels.teacher import TeacherRows
 from paceline.server.models.checkpoint import open_checkpoint
 

@@ -130,8 +130,10 @@ def restore(loaded: Loaded, parameters: Mapping[str, nn.Parameter], optimizer: t
     for name, parameter in parameters.items():
         parameter.copy_(loaded.tensors[name])
         if f"{name}@step" in loaded.tensors:
-            moments = {kind: loaded.tensors[f"{name}@{kind}"].to(parameter.device) for kind in _MOMENTS}
-            optimizer.state[parameter] = {"step": loaded.tensors[f"{name}@step"], **moments}
+            kinds = ("step", *_MOMENTS)
+            optimizer.state[parameter] = {
+                kind: loaded.tensors[f"{name}@{kind}"].to(parameter.device) for kind in kinds
+            }
 
 
 def _tensors(

@@ -104,7 +104,7 @@ class Recipe:
     grad_clip: float = key_field("Longest gradient, over all parameters.", 1.0, above=0)
     batch_tokens: int = key_field("Rows per step, prompts included.", 1024, low=1)
     precision: Literal["fp32", "bf16"] = key_field("Arithmetic of matrices; weights stay fp32.", "bf16")
-    device: Literal["cpu", "cuda"] = key_field("Where the draft trains.", "cpu")
+    device: Literal["cpu", "cuda"] = key_field("Where draft and target run.", "cpu")
     threads: int | None = key_field("CPU threads; auto takes the physical cores.", None, low=1, high=1024)
     weights: Literal["auto", "fp32", "bf16", "int8"] = key_field("Weight format of the target.", "auto")
     streams: int = key_field("Answers written at the same time.", 32, low=1)

@@ -20,11 +20,12 @@ from paceline.draftmodels.distill.export import ArtifactAbout, export_draft
 from paceline.draftmodels.distill.initialise import NewDraft, new_draft, own_vocab
 from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.objective import Rows
+from paceline.draftmodels.distill.parts import Parts
 from paceline.draftmodels.distill.ranks import Ranks
 from paceline.draftmodels.distill.report import write_report
 from paceline.draftmodels.distill.show import shown
 from paceline.draftmodels.distill.sources import EngineJudge, EngineText, open_prompts
-from paceline.draftmodels.distill.trainer import Parts, Trainer
+from paceline.draftmodels.distill.trainer import Trainer
 from paceline.draftmodels.distill.vocab import TOP_K, expected_vocabulary
 from paceline.draftmodels.local_engine import LocalEngine
 from paceline.draftmodels.provenance import provenance
@@ -49,14 +50,14 @@ class Outcome:
 
 
 class EngineTeacher:
-    """``trainer.Teacher`` over the engine's target."""
+    """``parts.Teacher`` over the engine's target."""
 
     def __init__(self, local: LocalEngine, vocab_ids: Tensor | None, recipe: Recipe) -> None:
         self._teacher = Teacher(local, vocab_ids, top_k=recipe.top_k)
         self._temperature = recipe.loss_temperature
 
     def rows(self, sequences: Sequence[Tokens]) -> Sequence[Rows]:
-        """See ``trainer.Teacher``."""
+        """See ``parts.Teacher``."""
         return self._teacher.rows(cast(Sequence[TokenSequence], sequences), self._temperature)
 
 
@@ -73,7 +74,9 @@ def run_job(target: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
     path = resolve(target)
     checkpoint = open_model(path)
     threads = recipe.threads or max(Machine().usable_cores // ranks.world, 1)
-    local = LocalEngine(target, weights=recipe.weights, threads=threads, streams=recipe.streams)
+    local = LocalEngine(
+        target, weights=recipe.weights, threads=threads, streams=recipe.streams, device=recipe.device
+    )
     try:
         return _Job(target, path, checkpoint, recipe, run, ranks, local, threads, started).work()
     finally:

@@ -31,6 +31,8 @@ class Ranks:
             return cls()
         if not dist.is_initialized():
             dist.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return cls(dist.get_rank(), world)
 
     @property

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from paceline.draftmodels.distill.checkpoint import JobState
-from paceline.draftmodels.distill.trainer import Progress
+from paceline.draftmodels.distill.parts import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +17,10 @@ class Silent:
     """Shows nothing: for ranks other than the main one."""
 
     def step(self, state: JobState, figures: Mapping[str, Any], seconds_left: float) -> None:
-        """See ``trainer.Progress``."""
+        """See ``parts.Progress``."""
 
     def note(self, text: str) -> None:
-        """See ``trainer.Progress``."""
+        """See ``parts.Progress``."""
 
 
 class LogLines:
@@ -31,14 +31,14 @@ class LogLines:
         self._last = float("-inf")
 
     def step(self, state: JobState, figures: Mapping[str, Any], seconds_left: float) -> None:
-        """See ``trainer.Progress``."""
+        """See ``parts.Progress``."""
         now = self._clock()
         if now - self._last >= self._interval_seconds:
             self._last = now
             logger.info(progress_line(state, figures, seconds_left))
 
     def note(self, text: str) -> None:
-        """See ``trainer.Progress``."""
+        """See ``parts.Progress``."""
         logger.info(text)
 
 
@@ -49,13 +49,13 @@ class Bar:
         self._bar, self._task = bar, bar.add_task("starting", total=1.0)
 
     def step(self, state: JobState, figures: Mapping[str, Any], seconds_left: float) -> None:
-        """See ``trainer.Progress``."""
+        """See ``parts.Progress``."""
         whole = state.seconds + seconds_left
         done = state.seconds / whole if whole else 0.0
         self._bar.update(self._task, completed=done, description=progress_line(state, figures, seconds_left))
 
     def note(self, text: str) -> None:
-        """See ``trainer.Progress``."""
+        """See ``parts.Progress``."""
         self._bar.update(self._task, description=text)
 
 

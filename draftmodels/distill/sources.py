@@ -1,6 +1,6 @@
 """Where text comes from and where drafts are measured: the real engine, files of prompts, shards in the run's folder.
 
-Fills the seams of ``trainer``: ``TextSource`` and ``Judge``. What was written once is read from its shard ever after,
+Fills the seams ``TextSource`` and ``Judge`` of ``parts``. What was written once is read from its shard ever after,
 so that a resumed job trains on the same text.
 """
 
@@ -106,7 +106,7 @@ class EngineText:
         self._shards, self._writer = TokenShards(folder), ShardWriter(folder)
 
     def sequences(self, round_: int, draft: Path | None) -> list[TokenSequence]:
-        """See ``trainer.TextSource``."""
+        """See ``parts.TextSource``."""
         if round_ not in self._shards:
             self._writer.write(round_, self._written(round_, draft))
         return self._shards.read(round_)
@@ -159,7 +159,7 @@ class EngineJudge:
         self._recipe, self._local, self._held_out = recipe, local, held_out
 
     def measure(self, draft: Path) -> Mapping[str, Any]:
-        """See ``trainer.Judge``."""
+        """See ``parts.Judge``."""
         recipe = self._recipe
         self._local.use_draft(draft)
         result = self._local.measure(
@@ -175,9 +175,9 @@ class EngineJudge:
             "prompts": len(self._held_out),
             "temperature": recipe.eval_temperature,
             "draft_tokens": recipe.draft_tokens,
-            "tau": result.tau,
-            "alpha": result.alpha,
-            # Positions that no block reached have none.
+            # Figures that nothing was counted for are left at what they would be without a draft.
+            "tau": result.tau if isfinite(result.tau) else 1.0,
+            "alpha": result.alpha if isfinite(result.alpha) else 0.0,
             "alpha_per_position": [alpha for alpha in result.alpha_per_position if isfinite(alpha)],
             "histogram": list(result.histogram),
             "n_tokens": result.n_tokens,

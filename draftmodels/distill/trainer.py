@@ -6,13 +6,11 @@ measurements come from is injected; the engine, files of prompts and the command
 """
 
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,78 +18,16 @@ from paceline.draftmodels.distill import order
 from paceline.draftmodels.distill.checkpoint import JobState, Loaded, restore, save_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import NewDraft
-from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.metrics import MetricsFile
-from paceline.draftmodels.distill.objective import Objective, Rows, StepFigures
+from paceline.draftmodels.distill.objective import Objective, StepFigures
 from paceline.draftmodels.distill.optim import learning_rate, make_optimizer, set_rate
+from paceline.draftmodels.distill.parts import Parts
 from paceline.draftmodels.distill.pool import Batch, Entry, labels_among, make_batch
-from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
 
 #: Checkpoints within a round, for rounds that take longer than this.
 CHECKPOINT_SECONDS = 60.0
 #: Weight of the newest step in the running alpha: about the last 50 steps count.
 _RUNNING = 0.02
-
-
-class TextSource(Protocol):
-    """Where a round's sequences come from."""
-
-    def sequences(self, round_: int, draft: Path | None) -> Sequence[Tokens]:
-        """The answers of a round, the same ones whenever it is asked again.
-
-        Args:
-            draft: artifact of the current draft, if some answers are its own.
-        """
-        ...
-
-
-class Teacher(Protocol):
-    """The target's distributions and states."""
-
-    def rows(self, sequences: Sequence[Tokens]) -> Sequence[Rows]:
-        """One per sequence."""
-        ...
-
-
-class Judge(Protocol):
-    """Measures drafts through the serving engine."""
-
-    def measure(self, draft: Path) -> Mapping[str, Any]:
-        """At least ``tau`` and ``alpha_per_position`` on held-out prompts, ready for JSON."""
-        ...
-
-
-class Progress(Protocol):
-    """Is told how far the job is."""
-
-    def step(self, state: JobState, figures: Mapping[str, Any], seconds_left: float) -> None:
-        """After each step."""
-        ...
-
-    def note(self, text: str) -> None:
-        """What happens between steps."""
-        ...
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a trainer works with.
-
-    Attributes:
-        export: writes the draft as it is to a folder, with measured figures.
-        threads: for torch while it trains.
-        started: when the job began, on ``clock``: opening models and writing first prompts count as its time, too.
-    """
-
-    text: TextSource
-    teacher: Teacher
-    judge: Judge
-    progress: Progress
-    export: Callable[[Path, Sequence[Mapping[str, Any]]], None]
-    threads: int
-    ranks: Ranks = ONE_RANK
-    clock: Callable[[], float] = time.monotonic
-    started: float | None = None
 
 
 class Trainer:

@@ -16,17 +16,20 @@ from paceline.draftmodels.distill.metrics import read_metrics
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.native_form import NativeCheckpoint
 
-SMALL = (
+SMALL_OPTIONS = (
     "--draft-vocab 100 --round-prompts 4 --answer-tokens 12 --batch-tokens 60 --held-out 2 --eval-tokens 8 "
     "--eval-rounds 1 --streams 4 --threads 1 --precision fp32 --reuse 2 --weights fp32"
-).split()
+)
+SMALL = SMALL_OPTIONS.split()
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     words = ["one", "two three", "four", "on the sea", "here", "there it is", "is it", "at once"]
-    path.write_text("".join(json.dumps({"prompt": word, "answer": f"an answer to {word}"}) + "\n" for word in words))
+    path.write_text(
+        "".join(json.dumps({"prompt": word, "answer": f"an answer to {word}"}) + "\n" for word in words)
+    )
     return path
 
 
@@ -35,7 +38,9 @@ def arguments(target: Path, prompts: Path, run: Path, *more: str) -> list[str]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return {line["step"]: line["loss"] for line in lines}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +55,11 @@ def losses(run: Path) -> dict[int, float]:
     ids=["feature", "feature-mixed", "cut-ce", "random-on-policy", "cut-top-k-taid"],
 )
 def test_a_run_leaves_a_measured_draft(
-    tiny_checkpoint: Any, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+    tiny_checkpoint: Any,
+    tmp_path: Path,
+    prompts: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
 ) -> None:
     target, run = tiny_checkpoint(), tmp_path / "run"
     assert console.main(arguments(target, prompts, run, "--max-steps", "5", "--json", *more)) == 0
@@ -67,7 +76,9 @@ def test_a_run_leaves_a_measured_draft(
     assert all(loss == loss for loss in losses(run).values())
 
 
-def test_kill_and_resume_equal_the_uninterrupted_run(tiny_checkpoint: Any, tmp_path: Path, prompts: Path) -> None:
+def test_kill_and_resume_equal_the_uninterrupted_run(
+    tiny_checkpoint: Any, tmp_path: Path, prompts: Path
+) -> None:
     target = tiny_checkpoint()
     common = ("--source", "mixed", "--max-steps", "40")
     command = [sys.executable, "-c", "from paceline.clients.console import main; main()"]
@@ -86,7 +97,11 @@ def test_kill_and_resume_equal_the_uninterrupted_run(tiny_checkpoint: Any, tmp_p
     assert console.main(arguments(target, prompts, tmp_path / "whole", *common)) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     taus = [
-        [line["measured"]["tau"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "measured" in line]
+        [
+            line["measured"]["tau"]
+            for line in read_metrics(tmp_path / name / "metrics.jsonl")
+            if "measured" in line
+        ]
         for name in ("killed", "whole")
     ]
     assert taus[0] == taus[1]
@@ -99,7 +114,10 @@ def test_another_job_cannot_be_resumed(
     assert console.main(arguments(tiny_checkpoint(), prompts, run, "--max-steps", "2")) == 0
     for changed, words in (
         (["train-draft", "other", "-o", str(run), "--resume"], "was started for"),
-        (["train-draft", str(tiny_checkpoint()), "-o", str(run), "--resume", "--lr", "0.5"], "--lr: the run was"),
+        (
+            ["train-draft", str(tiny_checkpoint()), "-o", str(run), "--resume", "--lr", "0.5"],
+            "--lr: the run was",
+        ),
         (arguments(tiny_checkpoint(), prompts, run), "--resume"),
     ):
         capsys.readouterr()
