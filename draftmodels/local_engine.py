@@ -21,8 +21,8 @@ from paceline.server.config import EngineConfig, ModelSpec, PacelineConfig, Spec
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.build import Wiring, wire
-from paceline.server.engine.parts import Parts, load_draft, load_parts, make_loader
 from paceline.server.engine.interface import Tokenizer
+from paceline.server.engine.parts import Parts, load_draft, load_parts, make_loader
 from paceline.server.engine.request import SamplingParams, SpeculationParams
 from paceline.server.errors import ConfigError
 from paceline.server.models.config import ModelConfig

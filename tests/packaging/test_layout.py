@@ -49,6 +49,8 @@ def test_constraints_pin_a_fitting_version_of_every_requirement() -> None:
     groups = project["optional-dependencies"].values()
     for line in (*project["dependencies"], *(line for group in groups for line in group)):
         requirement = Requirement(line)
+        if requirement.name == project["name"]:  # an extra that includes another
+            continue
         assert Version(pins[canonicalize_name(requirement.name)]) in requirement.specifier
 
 

@@ -88,7 +88,9 @@ def test_no_output_changes(kind: str, kernels: str, target: Path, tmp_path: Path
         assert accepted(recorder) > 20
 
 
-def test_beside_ngrams_under_the_adaptive_policy_no_output_changes(kernels: str, target: Path, tmp_path: Path):
+def test_beside_ngrams_under_the_adaptive_policy_no_output_changes(
+    kernels: str, target: Path, tmp_path: Path
+):
     draft, recorder = write_near_feature_draft(tmp_path / "draft", target), Recorder()
     model = spec(target, draft=draft, max_draft_tokens=6, policy="adaptive", ngram=True)
     engine, long = tiny_engine(model, observer=recorder), {"max_tokens": 60}
