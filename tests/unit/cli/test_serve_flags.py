@@ -28,7 +28,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[PacelineConfig]:
 def _arguments(key: Key) -> list[str]:
     if key.kind == "bool":
         return [key.flag.replace("--", "--no-" if key.default else "--", 1)]
-    word = key.choices[-1] if key.kind == "choice" else "1" if key.only else "5" if "t" in key.kind else "6"
+    word = "0.5" if key.high == 1 else "5" if "t" in key.kind else "6"
+    word = key.choices[-1] if key.kind == "choice" else word
     return [key.flag, word] if key.flag.startswith("--") else [word]
 
 
@@ -43,7 +44,7 @@ def test_every_flag_reaches_the_configuration(key: Key, served: list[PacelineCon
     assert console.main(["serve", *arguments]) == 7
     given = False if arguments[0].startswith("--no-") else True if key.kind == "bool" else arguments[-1]
     assert served == [load_config(None, {}, {key.param: [given] if key.kind == "texts" else given})]
-    assert key.only or len(key.choices) == 1 or served != [load_config(None, {}, {})]
+    assert len(key.choices) == 1 or served != [load_config(None, {}, {})]
 
 
 def test_help_shows_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -> None:
