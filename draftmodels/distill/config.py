@@ -4,6 +4,7 @@ A key that is added to ``Recipe`` is a key of the file and a flag at once (``ser
 them). Contradictions are errors, not silently ignored keys. Knows nothing of how training is done.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -67,7 +68,10 @@ class Recipe:
         low=0,
         high=1,
     )
-    temperature: float = key_field("Sampling temperature of answers; 0 is greedy.", 1.0, low=0)
+    temperature: str = key_field(
+        "Sampling temperature of answers, 0 is greedy; several, such as 0,0.5,1, take turns among the prompts.",
+        "1",
+    )
     answer_tokens: int = key_field("Longest answer, tokens.", 128, low=1)
     prompt_tokens: int = key_field("Longest prompt, tokens; longer ones are left out.", 256, low=1)
     self_prompts: int = key_field(
@@ -140,6 +144,11 @@ class Recipe:
             "mixed": 0.5 if self.lambda_ is None else self.lambda_,
         }
         return shares[self.source]
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Of answers, in turn."""
+        return _temperatures(self.temperature, "temperature")
 
     @property
     def budget(self) -> Budget:
@@ -253,6 +262,7 @@ def _check(recipe: Recipe, places: Mapping[str, str]) -> None:
         if recipe.prompts == "self":
             raise ConfigError('source "fixed" trains on the answers of a file; name it with --prompts FILE')
         refuse("temperature", 'source "fixed" samples nothing')
+    _temperatures(recipe.temperature, places.get("temperature", "temperature"))
     if recipe.loss != "ce":
         from paceline.draftmodels.losses import loss_named
 
@@ -267,6 +277,13 @@ def _check(recipe: Recipe, places: Mapping[str, str]) -> None:
     for name, parse in (("max_time", parse_seconds), ("max_tokens", parse_count), ("max_steps", parse_count)):
         if getattr(recipe, name) is not None:
             parse(getattr(recipe, name), places[name])
+
+
+def _temperatures(text: str, place: str) -> tuple[float, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+        raise ConfigError(f'{place}: expected temperatures such as 1 or 0,0.5,1, got "{text}"')
+    return tuple(float(part) for part in parts)
 
 
 def _check_init(recipe: Recipe, places: Mapping[str, str], refuse: Any) -> None:

@@ -135,12 +135,15 @@ class EngineText:
             return []
         self._local.use_draft(draft)
         write = self._local.generate if draft is None else self._local.generate_from_draft
-        return write(
-            [prompt.tokens for prompt in prompts],
-            temperature=self._recipe.temperature,
-            max_tokens=self._recipe.answer_tokens,
-            seed=derive_seed(self._recipe.seed, "answers", round_, "target" if draft is None else "draft"),
-        )
+        who, temperatures = "target" if draft is None else "draft", self._recipe.temperatures
+        answers: list[TokenSequence] = []
+        for turn, temperature in enumerate(temperatures):
+            if asked := [prompt.tokens for prompt in prompts[turn :: len(temperatures)]]:
+                seed = derive_seed(self._recipe.seed, "answers", round_, who, turn)
+                answers += write(
+                    asked, temperature=temperature, max_tokens=self._recipe.answer_tokens, seed=seed
+                )
+        return answers
 
     @staticmethod
     def _usable(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
