@@ -136,8 +136,7 @@ class LocalEngine:
         parts = self._target
         if folder is not None:
             speculation = replace(parts.spec.speculation, draft=str(folder))
-            weights = self._draft_weights(parts.spec.weights)
-            spec = replace(parts.spec, speculation=speculation, weights=weights)
+            spec = replace(parts.spec, speculation=speculation)
             with self.exclusive():
                 draft = load_draft(spec, parts.target, parts.tokenizer, self._loader, fleeting=True)
             parts = replace(parts, spec=spec, draft=draft)
@@ -268,9 +267,6 @@ class LocalEngine:
         with self.exclusive():
             commits = run(wiring.engine(BlockCounter(), seed=engine_seed), requests, progress)
         return sequences(requests, commits)
-
-    def _draft_weights(self, weights: Weights) -> Weights:
-        return "int8" if weights == "auto" and self.pool is not None else weights
 
     def _speculation(self, draft_tokens: int, lenience: float = 1.0) -> SpeculationParams:
         if self._parts.draft is None:
