@@ -1,7 +1,8 @@
 """What every test runs under: no hub, quiet libraries, one torch thread, and shared tiny checkpoints."""
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in reports if campaign.FULL else ():
         for name, value in report.user_properties if report.when == "call" else ():
             terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}  {name} = {value}")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as on a terminal; a shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

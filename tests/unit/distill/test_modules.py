@@ -62,7 +62,8 @@ def serve(
 
     states: [tokens, hidden], after each token. Returns the draft's state of each of the ``steps`` draft steps.
     """
-    c, body = draft.config, draft.model
+    body: Any = draft.model
+    c = draft.config
     keys: list[list[Tensor]] = [[] for _ in body.layers]
     values: list[list[Tensor]] = [[] for _ in body.layers]
     before, result = torch.zeros(c.hidden_size), []
@@ -104,7 +105,8 @@ def naive_block(
         heads.append(weights @ torch.stack([value[group] for value in values[-window:]]))
     x = x + attention.o_proj(torch.cat(heads))
     inner = norm(x, layer.post_attention_layernorm.weight)
-    return x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(inner)) * layer.mlp.up_proj(inner))
+    y: Tensor = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(inner)) * layer.mlp.up_proj(inner))
+    return y
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_gradients_reach_everything_that_is_trained_and_nothing_else(tiny_checkp
     randomise(draft)
     layout = lay_out(BATCH)
     outputs = draft(layout, torch.randn(len(layout.tokens), config.hidden_size))
-    sum(output.square().sum() for output in outputs).backward()  # type: ignore[union-attr]
+    sum(output.square().sum() for output in outputs).backward()
     for name, parameter in draft.named_parameters():
         trained = name not in ("model.embed_tokens.weight", "lm_head.weight")
         assert parameter.requires_grad is trained, name

@@ -100,7 +100,7 @@ def test_totals_of_all_ranks_make_summed_gradients_those_of_one_process() -> Non
 def test_taid_starts_at_the_draft_and_ends_at_the_teacher() -> None:
     outputs, head, log_p, labels = problem()
     objective = Objective("fkl", step_weights=(1.0, 0.0))
-    norms = []
+    norms: list[float] = []
     for share in (0.0, 0.5, 1.0):
         outputs[0].grad = None
         objective.backward(outputs, head, TeacherBatch(log_p), STEP_ROWS, labels, taid=share)

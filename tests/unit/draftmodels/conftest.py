@@ -32,7 +32,7 @@ def local(target: Path) -> Callable[..., LocalEngine]:
 
     def make(model: Path = target, **options: Any) -> LocalEngine:
         return LocalEngine(
-            model, **{"weights": "fp32", "threads": 1, "streams": 3, "device": "cpu"} | options
+            model, **dict[str, Any](weights="fp32", threads=1, streams=3, device="cpu") | options
         )
 
     return make

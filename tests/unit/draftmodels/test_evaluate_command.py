@@ -255,6 +255,7 @@ def test_figures_go_into_the_manifest_and_replace_those_of_the_same_setting(
     assert sampled["temperature"] == 1.0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_reports_the_finished_rounds(
     target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,7 +200,7 @@ def test_swapping_the_draft_keeps_the_target_and_reads_the_folder_anew(
 
     monkeypatch.setattr(ModelLoader, "load", counting)
     monkeypatch.delattr(
-        "paceline.server.engine.build.load_tokenizer"
+        "paceline.server.engine.parts.load_tokenizer"
     )  # a copy of the target's is known already
     weights = engine.target.weights
     folder = tmp_path / "current"

@@ -59,7 +59,7 @@ def test_a_damaged_shard_is_one_clear_error(damage: str, tmp_path: Path) -> None
         data[-200] ^= 1
     if damage == "other":
         data[data.index(b"shard 1") + 6] = ord("9")
-    path.write_bytes({"cut": data[:-1], "empty": b""}.get(damage, data))
+    path.write_bytes({"cut": bytes(data[:-1]), "empty": b""}.get(damage, bytes(data)))
     with pytest.raises(DataError, match="not a token shard" if damage == "other" else "is damaged") as caught:
         TokenShards(tmp_path).read(0)
     assert str(path) in str(caught.value)

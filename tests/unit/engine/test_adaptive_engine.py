@@ -79,7 +79,9 @@ def test_greedy_and_seeded_text_is_the_same_under_any_policy(which, sampling, ti
 
 def test_every_source_is_used_and_kv_stays_right_through_stops_and_starts(tiny_checkpoint, near):
     target, policy = tiny_checkpoint("llama"), Erratic(3)
-    asked = [{"prompt": [7, 8, 9] * 6, "max_tokens": 60, "ignore_eos": True} for _ in range(3)]
+    asked: list[dict[str, Any]] = [
+        {"prompt": [7, 8, 9] * 6, "max_tokens": 60, "ignore_eos": True} for _ in range(3)
+    ]
     expected = tokens(tiny_engine(spec(target)), *(request(**a) for a in asked))
     recorder = Recorder()
     engine = with_policy(

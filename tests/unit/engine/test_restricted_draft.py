@@ -92,7 +92,7 @@ def test_sampled_requests_propose_only_known_ids(
     kernels: str, target: Path, near: Path, tmp_path: Path, proposed: list[int]
 ):
     draft = write_draft(tmp_path / "draft", target, near, ids=KNOWN)
-    warped = {"top_k": 40, "top_p": 0.95, "min_p": 0.01, "logit_bias": {0: 100.0, 3: 100.0}}
+    warped: dict[str, Any] = {"top_k": 40, "top_p": 0.95, "min_p": 0.01, "logit_bias": {0: 100.0, 3: 100.0}}
     asked = [
         request(prompt, temperature=1.5, ignore_eos=True, **wish)
         for prompt in PROMPTS
@@ -108,7 +108,12 @@ def test_a_draft_all_of_whose_ids_are_masked_proposes_nothing(
 ):
     few = [10, 20, 30]
     draft = write_draft(tmp_path / "draft", target, near, ids=few)
-    wish = {"temperature": 1.0, "stop_token_ids": tuple(few), "min_tokens": 16, "max_tokens": 16}
+    wish: dict[str, Any] = {
+        "temperature": 1.0,
+        "stop_token_ids": tuple(few),
+        "min_tokens": 16,
+        "max_tokens": 16,
+    }
     ((events,),) = run(with_draft(target, draft), request(PROMPTS[0], **wish))
     assert sum(len(event.token_ids) for event in events) == 16
     assert proposed == []
@@ -125,7 +130,8 @@ def exact_joint(target: Path, prompt: Sequence[int], vocab: int) -> Floats:
         context = torch.tensor([prompt]).expand(len(outputs), -1)
         with torch.no_grad():
             logits = model(torch.cat((context, outputs), dim=1)).logits[:, -1]
-        return logits.double().softmax(-1)
+        p: torch.Tensor = logits.double().softmax(-1)
+        return p
 
     ids = torch.arange(vocab)
     first = following(torch.zeros(1, 0, dtype=torch.long))[0]

@@ -63,7 +63,7 @@ def test_a_row_that_depends_on_its_batch_is_caught(pool: Pool) -> None:
         def __init__(self) -> None:
             """Nothing of its own."""
 
-        def forward(self, tokens: Any, spans: Any, wanted: Any) -> Tensor:
+        def forward(self, tokens: Any, spans: Any, wanted: Any, **more: Any) -> Tensor:
             logits = model.forward(tokens, spans, wanted)
             if len(spans) > 1:
                 logits[3] = torch.nextafter(logits[3], torch.tensor(torch.inf))
@@ -80,7 +80,7 @@ def test_cases_are_what_their_names_say(pool: Pool) -> None:
         def __init__(self) -> None:
             """Nothing of its own."""
 
-        def forward(self, tokens: Any, spans: Any, wanted: Any) -> Tensor:
+        def forward(self, tokens: Any, spans: Any, wanted: Any, **more: Any) -> Tensor:
             calls.append((len(tokens), [span[:3] for span in spans], len(wanted)))
             return torch.empty(0)
 
