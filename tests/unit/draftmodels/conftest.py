@@ -1,29 +1,12 @@
-"""Fixtures of the offline half: both executors, and engines in this process over a tiny target."""
+"""Fixtures of the offline half: engines in this process over a tiny target."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyCheckpoint
-from native_kernels import require_native
 
 from paceline.draftmodels.local_engine import LocalEngine
-
-
-@pytest.fixture(params=["torch", "native"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which executor an engine takes on CPU, torch modules or the native kernels."""
-    if request.param == "native":
-        require_native()
-    monkeypatch.setenv("PACELINE_KERNELS", request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    """The tiny target of most tests."""
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture

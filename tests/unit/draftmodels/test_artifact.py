@@ -22,11 +22,6 @@ CHOSEN = list(range(0, 300, 11))
 
 
 @pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
-
-
-@pytest.fixture
 def draft(tiny_checkpoint: TinyCheckpoint) -> Path:
     return tiny_checkpoint("llama", seed=1)
 

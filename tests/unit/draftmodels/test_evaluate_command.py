@@ -17,21 +17,13 @@ from paceline.draftmodels.evaluate.cli import app
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
 from paceline.server.models.manifest import read_manifest
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Writer = Callable[[Path, Path], Path]
 LENGTH = 3
 #: One token from the prompt and four whole blocks.
 WHOLE_BLOCKS = 1 + 4 * (LENGTH + 1)
 FAST = ("--max-draft-tokens", str(LENGTH), "--weights", "fp32", "--threads", "1", "--json")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture

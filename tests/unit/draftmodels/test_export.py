@@ -23,19 +23,11 @@ from paceline.server.models.loader import ModelLoader
 from paceline.server.models.manifest import read_manifest
 from paceline.server.models.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CHOSEN = list(range(3, 300, 7))
 TOKENS = [5, 80, 299, 0, 41, 17]
 BF16 = torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture

@@ -21,14 +21,11 @@ from paceline.server.engine.interface import StepStats
 from paceline.server.errors import ArtifactError, ConfigError, DataError
 from paceline.server.models.loader import ModelLoader
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 PROMPTS = [[random.Random(i).randrange(4, 300) for _ in range(3 + 7 * i)] for i in range(7)]
 KNOWN = [3, *(i for i in range(4, 300) if i % 3)]
 Local = Callable[..., LocalEngine]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

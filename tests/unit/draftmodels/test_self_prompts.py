@@ -1,7 +1,6 @@
 """Prompts that the target writes itself: the template's turn, what is kept, the same ones for the same seed."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,9 @@ from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.local_engine import LocalEngine
 from paceline.server.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Local = Callable[..., LocalEngine]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
 
 
 def test_the_target_writes_its_own_prompts(

@@ -18,6 +18,8 @@ from paceline.server.engine.proposers import DraftModelProposer
 from paceline.server.engine.request import Request
 from paceline.server.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 KNOWN = [i for i in range(300) if i % 3]
 KINDS: Mapping[str, Callable[[Path, Path], Path]] = {
     "random": lambda folder, target: write_feature_draft(folder, target),
@@ -34,16 +36,6 @@ SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 5, "top_p": 0.9}
 
 #: What a proposer was asked and answered: the known text, the block.
 Blocks = list[tuple[list[int], tuple[int, ...]]]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture

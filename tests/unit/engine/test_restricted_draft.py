@@ -19,6 +19,8 @@ from paceline.server.engine.engine import Engine
 from paceline.server.engine.proposers import DraftModelProposer
 from paceline.server.errors import ArtifactError, ConfigError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 #: Two thirds of the vocabulary: the target often wants what the draft cannot propose.
 KNOWN = [i for i in range(300) if i % 3]
 KINDS: Mapping[str, dict[str, Any]] = {
@@ -28,16 +30,6 @@ KINDS: Mapping[str, dict[str, Any]] = {
     "int8": {"int8": True},
 }
 PROMPTS = [[random.Random(i).randrange(4, 300) for _ in range(5 + 9 * i)] for i in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture

@@ -22,19 +22,11 @@ from paceline.server.models.loader import LoadedModel, ModelLoader
 from paceline.server.models.native_form import NativeCheckpoint, is_native_form, open_model
 from paceline.server.models.packer import Packer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 CPU = torch.device("cpu")
 CHOSEN = list(range(3, 300, 7))
 TOKENS = [5, 80, 299, 0, 41, 17]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def target(tiny_checkpoint: TinyCheckpoint) -> Path:
-    return tiny_checkpoint("llama")
 
 
 @pytest.fixture
