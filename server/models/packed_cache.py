@@ -23,8 +23,8 @@ from paceline.server.models.config import ModelConfig
 from paceline.server.models.sources import cache_dir
 
 _log = logging.getLogger(__name__)
-#: Raised whenever the packed layout or the quantization changes.
-LAYOUT_VERSION = 2
+#: Raised whenever the packed layout, the quantization or what the notes describe changes.
+LAYOUT_VERSION = 3
 
 
 class PackedCache:
