@@ -14,11 +14,12 @@ from paceline.server.decoding.lenience import LenienceForm
 from paceline.server.decoding.policy import FixedPolicy, Policy
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.build import build_native
+from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import ModelInfo, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks, MemberLayout
-from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
+from paceline.server.engine.proposers import NgramProposer, Proposer
 from paceline.server.engine.request import Request, SamplingParams, SpeculationParams, TokenEvent
 from paceline.server.engine.runner import spread
 from paceline.server.engine.scheduler import Scheduler

@@ -61,6 +61,8 @@ def overlaps(scores: Tensor, block: DraftBlock) -> Tensor:
     """
     p = scores.softmax(dim=-1)
     if block.probs is not None:
-        return torch.minimum(p, block.probs[: len(p)]).sum(dim=-1).clamp_(max=1.0)
+        q = block.probs[: len(p)]
+        p = p[:, : q.shape[1]] if block.columns is None else p.index_select(1, block.columns)
+        return torch.minimum(p, q).sum(dim=-1).clamp_(max=1.0)
     tokens = torch.tensor(block.token_ids[: len(p)], device=scores.device)
     return p.gather(1, tokens.unsqueeze(1)).squeeze(1)

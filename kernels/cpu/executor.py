@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paceline.kernels.cpu.drafting import DraftArrays, Drafted, Draw
 from paceline.kernels.cpu.library import (
     F32,
     I32,
@@ -55,14 +56,6 @@ class _Batch(ctypes.Structure):
         *((name, I32) for name in ("rows", "sequences", "wanted")),
         *((name, PTR) for name in ("tokens", "first_row", "count", "start", "table_start", "tables")),
         *((name, PTR) for name in ("wanted_rows", "logits", "features", "states")),
-    )
-
-
-class _Draft(ctypes.Structure):
-    _fields_ = (
-        ("drafts", I32),
-        *((name, PTR) for name in ("sequence", "length", "tokens")),
-        ("stride", I32),
     )
 
 
@@ -153,42 +146,39 @@ class Executor:
         check(status)
         return logits
 
-    def draft_greedy(
+    def draft(
         self,
         tokens: Sequence[int],
         spans: Sequence[Span],
         wanted: Sequence[int],
-        drafting: Sequence[tuple[int, int]],
+        draws: Sequence[Draw],
         *,
+        columns: int | None = None,
         features: Tensor | None = None,
-    ) -> list[list[int]]:
-        """Run the batch and go on greedily for some of its sequences, one native call for all draft tokens.
+    ) -> list[Drafted]:
+        """Run the batch and go on for some of its sequences, one native call for all draft tokens.
 
         Args:
             tokens, spans, wanted: as for ``forward``; ``wanted`` has the last row of each drafting sequence.
-            drafting: (index in spans, tokens to draft), in the order of ``wanted``; lengths at least 1.
+            draws: the drafting sequences, in the order of ``wanted``.
+            columns: logits that may be drawn, the first ones; None is all.
             features: for a plan with an fc, those of the batch, fp32 [rows, hidden]; later rows read the state of
                 the row before.
 
         Returns:
             Draft tokens per drafting sequence: token ids, also of a restricted vocabulary.
         """
-        stride = max(length for _, length in drafting)
-        out = (I32 * (stride * len(drafting)))()
-        sequences, lengths = ((I32 * len(drafting))(*part) for part in zip(*drafting, strict=True))
-        draft = _Draft(
-            len(drafting), *(ctypes.addressof(array) for array in (sequences, lengths, out)), stride
-        )
+        draft = DraftArrays(draws, columns or self._plan.head.out_features)
         batch = self._batch(tokens, spans, wanted, None, features, None)
-        status = self._library.pl_draft_greedy(
+        status = self._library.pl_draft_blocks(
             ctypes.addressof(self._model),
             batch.address,
-            ctypes.addressof(draft),
+            draft.address,
             self._pool.handle,
             self._pool.isa_code,
         )
         check(status)
-        return [out[i * stride : i * stride + length] for i, (_, length) in enumerate(drafting)]
+        return draft.drafted()
 
     def read_states(self, spans: Sequence[Span]) -> Tensor:
         """States that forwards kept, rounded to the cache's type.

@@ -21,11 +21,12 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 5
+ABI_VERSION = 6
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
-I32, I64, F32, PTR = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+I32, I64, U64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+F32, PTR = ctypes.c_float, ctypes.c_void_p
 
 
 class LinearStruct(ctypes.Structure):
@@ -72,7 +73,7 @@ def library() -> ctypes.CDLL:
     lib.pl_pack.argtypes = [I32, PTR, I32, I32, PTR, PTR, PTR]
     lib.pl_linear_forward.argtypes = [PTR, PTR, I32, PTR, PTR, I32]
     lib.pl_forward.argtypes = [PTR, PTR, PTR, I32]
-    lib.pl_draft_greedy.argtypes = [PTR, PTR, PTR, PTR, I32]
+    lib.pl_draft_blocks.argtypes = [PTR, PTR, PTR, PTR, I32]
     lib.pl_read_states.argtypes = [PTR, PTR, PTR]
     lib.pl_read_states.restype = None
     lib.pl_argmax.argtypes = [PTR, I32, I64, PTR, PTR, I32]

@@ -3,9 +3,9 @@
 Owns the forms of lenience and the greedy rule; the sampled one is ``verify.verify_token`` with these forms.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -31,26 +31,31 @@ class Lenience:
         return _FORMS[self.form](p, values)
 
 
-def match_likely(scores: Tensor, drafts: Sequence[int], value: float) -> tuple[int, int]:
-    """Greedy verification with lenience: a draft token is accepted if it is at least ``value`` times as likely as the
-    likeliest one.
+def match_likely(
+    scores: Tensor, drafts: Sequence[Sequence[int]], values: Sequence[float]
+) -> list[tuple[int, int]]:
+    """Greedy verification with lenience: a draft token is accepted if it is at least e times as likely as the likeliest
+    one.
 
     Args:
-        scores: fp32 [K + 1, V], which are the logits of temperature 1 for greedy choices.
-        drafts: the K draft tokens.
-        value: e in (0, 1].
+        scores: fp32 [sum of K + 1, V], block after block, which are the logits of temperature 1 for greedy choices.
+        drafts: the K draft tokens of each block.
+        values: e in (0, 1] of each block.
 
     Returns:
-        How many draft tokens are accepted, and the token after them.
+        Per block, how many draft tokens are accepted, and the token after them.
     """
     best = scores.max(dim=1)
-    accepted = 0
-    while accepted < len(drafts):
-        behind = best.values[accepted] - scores[accepted, drafts[accepted]]
-        if math.exp(-float(behind)) < value:
-            break
-        accepted += 1
-    return accepted, int(best.indices[accepted])
+    padded = torch.tensor([token for block in drafts for token in (*block, 0)], device=scores.device)
+    behind = best.values - scores.gather(1, padded.unsqueeze(1)).squeeze(1)
+    likelihoods, tokens = iter((-behind).exp().tolist()), iter(best.indices.tolist())
+    verdicts = []
+    for block, value in zip(drafts, values, strict=True):
+        ratios = list(islice(likelihoods, len(block) + 1))
+        following = list(islice(tokens, len(block) + 1))
+        accepted = next((i for i in range(len(block)) if ratios[i] < value), len(block))
+        verdicts.append((accepted, following[accepted]))
+    return verdicts
 
 
 _FORMS: Mapping[LenienceForm, Callable[[Tensor, Tensor], Tensor]] = {

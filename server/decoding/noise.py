@@ -40,12 +40,13 @@ def _mix(word: int) -> int:
     return word ^ (word >> 31)
 
 
-def _key(seed: int, choice: int, position: int) -> int:
-    """64-bit key of one row; integers enter modulo 2**64, so negative seeds are fine."""
-    key = 0
-    for word in (seed, choice, position):
-        key = _mix((key + _GAMMA & _WORD) ^ (word & _WORD))
-    return key
+def stream(seed: int, choice: int) -> int:
+    """64-bit word that a choice's positions go into; integers enter modulo 2**64, so negative seeds are fine."""
+    return _absorb(_absorb(0, seed), choice)
+
+
+def _absorb(key: int, word: int) -> int:
+    return _mix((key + _GAMMA & _WORD) ^ (word & _WORD))
 
 
 def _xor_shift_(words: Tensor, bits: int, scratch: Tensor) -> None:
@@ -83,7 +84,8 @@ def gumbel(
     Returns:
         float32 [R, V], finite, between about -3.6 and 36.8.
     """
-    keys = [_signed(_key(*words)) for words in zip(seeds, choices, positions, strict=True)]
+    rows = zip(seeds, choices, positions, strict=True)
+    keys = [_signed(_absorb(stream(seed, choice), position)) for seed, choice, position in rows]
     if torch.device(device).type == "cpu" and available():
         return native_gumbel(torch.tensor(keys, dtype=torch.int64), vocab_size)
     return streams(torch.tensor(keys, dtype=torch.int64, device=device), vocab_size)

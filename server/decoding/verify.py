@@ -39,12 +39,14 @@ class DraftBlock:
 
     Attributes:
         token_ids: K draft tokens, K may be 0.
-        probs: fp32 [K, V], the processed distribution each token was drawn from; None if the tokens were
+        probs: fp32 [K, n], the processed distribution each token was drawn from; None if the tokens were
             proposed deterministically (q is one-hot). Greedy and seeded choices do not need it.
+        columns: token id of each column of ``probs``, int64 [n]; None is the first n ids. All others have q = 0.
     """
 
     token_ids: tuple[int, ...]
     probs: Tensor | None = None
+    columns: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,11 @@ def verify(
         outputs = _draw_spans(scores, rows, [(starts[i], starts[i] + sizes[i]) for i in chosen], generator)
         drafts = [blocks[i].token_ids for i in chosen]
         verdicts.update(zip(chosen, map(match_prefix, outputs, drafts), strict=True))
-    for i in groups["lenient greedy"]:
-        span = scores[starts[i] : starts[i] + sizes[i]]
-        verdicts[i] = Verdict(*match_likely(span, blocks[i].token_ids, values[i]))
+    if chosen := groups["lenient greedy"]:
+        index = [at for i in chosen for at in range(starts[i], starts[i] + sizes[i])]
+        drafts = [blocks[i].token_ids for i in chosen]
+        pairs = match_likely(scores[index], drafts, [values[i] for i in chosen])
+        verdicts.update((i, Verdict(*pair)) for i, pair in zip(chosen, pairs, strict=True))
     if chosen := groups["sampled"]:
         padded = _pad(scores, [starts[i] for i in chosen], [blocks[i] for i in chosen])
         verdicts.update(zip(chosen, _draw_verdicts(_RULES[rule], padded, generator), strict=True))
@@ -268,13 +272,26 @@ def _pad(scores: Tensor, starts: Sequence[int], blocks: Sequence[DraftBlock]) ->
         if block.probs is None:
             q[b, torch.arange(lengths[b]), list(block.token_ids)] = 1.0
         else:
-            assert block.probs.shape == (lengths[b], scores.shape[1]), (
-                f"draft probs {list(block.probs.shape)}"
-            )
-            q[b, : lengths[b]] = block.probs
+            assert len(block.probs) == lengths[b], f"draft probs {list(block.probs.shape)}"
+            spread_probs(block, q[b])
     device = scores.device
     p = scores[torch.tensor(index, device=device)].softmax(dim=-1)
     return p, q, torch.tensor(drafts, device=device), torch.tensor(lengths, device=device)
+
+
+def spread_probs(block: DraftBlock, out: Tensor) -> None:
+    """Write a block's q in its places among all ids.
+
+    Args:
+        block: with ``probs``.
+        out: fp32 [at least K, V], zero.
+    """
+    assert block.probs is not None
+    count, width = block.probs.shape
+    if block.columns is None:
+        out[:count, :width] = block.probs
+    else:
+        out[:count].index_copy_(1, block.columns, block.probs)
 
 
 _RULES: Mapping[Rule, _Check] = {"token": verify_token, "block": verify_block}

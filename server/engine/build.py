@@ -15,6 +15,7 @@ from paceline.server.config.schema import EngineConfig, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
+from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, ModelInfo
@@ -22,7 +23,7 @@ from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.parts import Parts, load_parts, make_loader
-from paceline.server.engine.proposers import DraftModelProposer, NgramProposer, Proposer
+from paceline.server.engine.proposers import NgramProposer, Proposer
 from paceline.server.engine.runner import TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel

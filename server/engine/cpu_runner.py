@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from paceline.kernels.cpu.drafting import Drafted, Draw
 from paceline.kernels.cpu.executor import Executor, Span
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.cpu.plan import DecoderPlan
@@ -36,7 +37,7 @@ class CpuRunner:
     ) -> None:
         self.layout = layout
         self.vocab_size = plan.vocab
-        self._vocab_ids = plan.vocab_ids
+        self.vocab_ids = plan.vocab_ids
         self.device = torch.device("cpu")
         self._pool = pool
         self._hidden = plan.hidden
@@ -49,7 +50,7 @@ class CpuRunner:
         logits = self._executor.forward(
             batch.tokens, _spans(batch.sequences), batch.wanted, features=batch.features
         )
-        return spread(logits, self._vocab_ids, self.vocab_size)
+        return spread(logits, self.vocab_ids, self.vocab_size)
 
     def forward_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``FeatureRunner.forward_states``."""
@@ -57,7 +58,7 @@ class CpuRunner:
         logits = self._executor.forward(
             batch.tokens, _spans(batch.sequences), batch.wanted, features=batch.features, states=states
         )
-        return spread(logits, self._vocab_ids, self.vocab_size), states
+        return spread(logits, self.vocab_ids, self.vocab_size), states
 
     def read_states(self, spans: Sequence[SequenceRows]) -> Tensor:
         """See ``StateReader.read_states``."""
@@ -67,10 +68,15 @@ class CpuRunner:
         """See ``Runner.argmax``."""
         return self._pool.argmax(logits.contiguous()).tolist()
 
-    def draft_greedy(self, batch: Batch, drafting: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """See ``GreedyDrafter.draft_greedy``."""
-        return self._executor.draft_greedy(
-            batch.tokens, _spans(batch.sequences), batch.wanted, drafting, features=batch.features
+    def draft(self, batch: Batch, draws: Sequence[Draw], columns: int) -> list[Drafted]:
+        """See ``BlockDrafter.draft``."""
+        return self._executor.draft(
+            batch.tokens,
+            _spans(batch.sequences),
+            batch.wanted,
+            draws,
+            columns=columns,
+            features=batch.features,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from paceline.kernels.cpu.drafting import Drafted, Draw
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
 from paceline.server.models.attention import AttentionPlan, SequenceRows
@@ -56,16 +57,23 @@ class FeatureRunner(Protocol):
 
 
 @runtime_checkable
-class GreedyDrafter(Protocol):
-    """A runner that drafts whole greedy blocks in one call."""
+class BlockDrafter(Protocol):
+    """A runner that drafts whole blocks in one call.
 
-    def draft_greedy(self, batch: Batch, drafting: Sequence[tuple[int, int]]) -> list[list[int]]:
-        """Run the batch, then one greedy row per drafting sequence and forward.
+    ``vocab_ids``: of a restricted vocabulary, the token id of each logit, ascending, int32 [k]; None is all ids.
+    """
+
+    vocab_ids: Tensor | None
+    vocab_size: int
+
+    def draft(self, batch: Batch, draws: Sequence[Draw], columns: int) -> list[Drafted]:
+        """Run the batch, then one row per drafting sequence and forward.
 
         Args:
             batch: its wanted rows are the last ones of the drafting sequences.
-            drafting: (index of the sequence in the batch, tokens to draft >= 1), in the order of ``batch.wanted``;
-                blocks have room for all but the last draft token.
+            draws: the drafting sequences, in the order of ``batch.wanted``; blocks have room for all but the last
+                draft token.
+            columns: logits that may be drawn, the first ones.
 
         Returns:
             Draft tokens per drafting sequence.

@@ -1,9 +1,11 @@
-// Greedy drafting: a whole draft block for every sequence in one call, forward after forward without leaving C.
+// Drafting: a whole draft block for every sequence in one call, forward after forward without leaving C.
 #include <algorithm>
 #include <new>
 #include <vector>
 
-#include "paceline_cpu.h"
+#include "draw.h"
+#include "isa.h"
+#include "pool.h"
 
 namespace {
 
@@ -14,31 +16,38 @@ struct Active {
 };
 
 // Logits of the drafting sequences' newest rows -> their next tokens, taken into `out`.
-void take_tokens(std::vector<Active> &active, const float *logits, const pl_model &m, const pl_draft &d, int32_t step,
-                 std::vector<int32_t> &best, pl_pool *pool, int32_t isa) {
-    pl_argmax(logits, (int32_t)active.size(), m.head.out, best.data(), pool, isa);
-    for (size_t i = 0; i < active.size(); i++) {
-        active[i].row = (int32_t)i;
-        // Ids ascend with the head's rows, so that among equal logits the lowest id wins here too.
-        active[i].token = m.vocab_ids ? m.vocab_ids[best[i]] : best[i];
-        d.tokens[(int64_t)active[i].draft * d.stride + step] = active[i].token;
-    }
+void take_tokens(std::vector<Active> &active, std::vector<Drawer> &drawers, float *logits, const pl_model &m,
+                 const pl_draft &d, int32_t step, pl_pool &pool) {
+    pool.run([&](Worker &worker) {
+        worker.each_item((int)active.size(), [&](int i) {
+            Active &a = active[i];
+            a.row = i;
+            const int32_t column = drawers[a.draft].choose(logits + (int64_t)i * m.head.out, step);
+            // Ids ascend with the head's rows, so that among equal logits the lowest id wins here too.
+            a.token = m.vocab_ids ? m.vocab_ids[column] : column;
+            d.tokens[(int64_t)a.draft * d.stride + step] = a.token;
+        });
+    });
 }
 
 }  // namespace
 
-int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_draft *d, pl_pool *pool, int32_t isa) {
+int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_draft *d, pl_pool *pool, int32_t isa) {
+    const KernelTable *kernels = kernels_for(isa);
+    if (!kernels) return -2;
     try {
         const int32_t n = d->drafts;
         std::vector<float> logits((size_t)n * model->head.out);
         const bool reads_states = model->fc.out > 0;
         const int64_t hidden = model->hidden;
         std::vector<float> states(reads_states ? n * hidden : 0), features(states.size());
-        std::vector<int32_t> best(n), tokens(n), rows(n), ones(n, 1), starts(n), table_starts(n);
+        std::vector<int32_t> tokens(n), rows(n), ones(n, 1), starts(n), table_starts(n);
         std::vector<Active> active;
+        std::vector<Drawer> drawers;
         for (int32_t i = 0; i < n; i++) {
-            const int32_t s = d->sequence[i];
+            const int32_t s = d->draw[i].sequence;
             active.push_back({i, i, first->table_start[s], first->start[s] + first->count[s], 0});
+            drawers.emplace_back(d->draw[i], d->columns, model->vocab_ids, *kernels);
             rows[i] = i;
         }
         pl_batch batch = *first;
@@ -47,9 +56,9 @@ int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_d
         for (int32_t step = 0; !active.empty(); step++) {
             const int32_t status = pl_forward(model, &batch, pool, isa);
             if (status) return status;
-            take_tokens(active, logits.data(), *model, *d, step, best, pool, isa);
+            take_tokens(active, drawers, logits.data(), *model, *d, step, *pool);
             active.erase(std::remove_if(active.begin(), active.end(),
-                                        [&](const Active &a) { return d->length[a.draft] <= step + 1; }),
+                                        [&](const Active &a) { return d->draw[a.draft].length <= step + 1; }),
                          active.end());
             const int32_t left = (int32_t)active.size();
             for (int32_t i = 0; i < left; i++) {

@@ -328,7 +328,7 @@ void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl
 
 void pl_gumbel(const int64_t *keys, int32_t rows, int64_t n, float *out, int32_t isa) {
     const KernelTable *kernels = kernels_for(isa);
-    for (int row = 0; row < rows; row++) kernels->gumbel((uint64_t)keys[row], n, out + row * n);
+    for (int row = 0; row < rows; row++) kernels->gumbel((uint64_t)keys[row], nullptr, n, out + row * n);
 }
 
 void pl_read(const void *memory, int64_t bytes, pl_pool *pool, int32_t isa) {

@@ -59,7 +59,11 @@ struct KernelTable {
     void (*attend)(const KvLayer &, const Queries &, float *scratch);
     int32_t (*argmax)(const float *x, int64_t n);
     void (*read)(const uint8_t *memory, int64_t bytes);
-    void (*gumbel)(uint64_t key, int64_t n, float *out);
+    // Noise of the tokens `ids`, or of the first n where it is NULL.
+    void (*gumbel)(uint64_t key, const int32_t *ids, int64_t n, float *out);
+    // out = (x - top) * scale; and out = e^x.
+    void (*rescale)(const float *x, int64_t n, float top, float scale, float *out);
+    void (*exp)(const float *x, int64_t n, float *out);
 };
 
 extern const KernelTable kPortableKernels;

@@ -24,9 +24,9 @@ static inline double log_positive(double x) {
 }
 
 // SplitMix64 stream of `key`, token by token -> uniforms (k + 1/2) / 2^52 -> -log(-log(uniform)).
-static void gumbel(uint64_t key, int64_t n, float *out) {
+static void gumbel(uint64_t key, const int32_t *ids, int64_t n, float *out) {
     for (int64_t i = 0; i < n; i++) {
-        uint64_t word = key + (uint64_t)i * 0x9E3779B97F4A7C15ull;
+        uint64_t word = key + (uint64_t)(ids ? ids[i] : i) * 0x9E3779B97F4A7C15ull;
         word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9ull;
         word = (word ^ (word >> 27)) * 0x94D049BB133111EBull;
         word ^= word >> 31;

@@ -11,11 +11,12 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 5
+#define PL_ABI_VERSION 6
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
 
 enum { PL_FP32 = 0, PL_BF16 = 1, PL_INT8 = 2 };
+enum { PL_GREEDY = 0, PL_SEEDED = 1, PL_SAMPLED = 2 };
 enum { PL_ISA_PORTABLE = 0, PL_ISA_AVX2 = 1, PL_ISA_AVX512 = 2 };
 
 // y = x W^T + bias. `data` holds tiles of PL_LANES output rows, one after another, rows padded with zeros:
@@ -49,7 +50,7 @@ typedef struct {
     const float *final_norm;   // [hidden], or NULL: none
     const pl_layer *layers;
     pl_linear head;            // one row per logit
-    const int32_t *vocab_ids;  // [head.out] token id of each head row, or NULL: the row itself; for pl_draft_greedy only
+    const int32_t *vocab_ids;  // [head.out] token id of each head row, ascending, or NULL: the row itself; for pl_draft_blocks only
     uint8_t *kv;               // blocks of block_bytes; in a block, per layer: K then V,
     int64_t block_bytes;       // K [kv_head][block_tokens / 16][head_dim][16], V [kv_head][block_tokens][head_dim]
     int64_t state_offset;      // bytes from a block's start to its states [block_tokens][hidden] in kv_format, or -1:
@@ -71,13 +72,38 @@ typedef struct {
     float *states;              // [wanted][hidden] out, after the final norm; or NULL
 } pl_batch;
 
+// What a request's penalties and biases do to one logit x: x += bias; then x / penalty, or x * penalty where x <= 0; then
+// x += shift.
+typedef struct {
+    int32_t column;
+    int32_t counted;  // whether `shift` has the presence penalty already
+    float bias, penalty, shift;
+} pl_edit;
+
+// How one sequence's draft tokens are chosen from its logits: edits, temperature, top_k, top_p, min_p, in this order.
+// Greedy takes the argmax after the edits, seeded the argmax of scores + Gumbel noise, sampled a draw by its uniforms.
+typedef struct {
+    int32_t sequence;  // its index in the batch
+    int32_t length;    // tokens to draft, at least 1; blocks for their K and V are there
+    int32_t mode;      // PL_GREEDY, PL_SEEDED or PL_SAMPLED
+    int32_t top_k;     // 0: off
+    float temperature, top_p, min_p;        // top_p 1 and min_p 0: off
+    float repetition, presence, frequency;  // penalties of the draft tokens themselves, for those after them
+    int32_t edits;                          // count
+    const pl_edit *edit;
+    uint64_t noise;          // seeded: the noise stream, into which the position goes
+    int64_t position;        // seeded: of the first draft token
+    const double *uniforms;  // sampled: [length] in [0, 1)
+    float *probs;            // sampled: [length][columns] out, the distributions that the tokens were drawn from
+} pl_draw;
+
 // Which sequences of a batch draft, in the order of its wanted rows (one per drafting sequence, its last).
 typedef struct {
     int32_t drafts;
-    const int32_t *sequence;  // [drafts] index of the sequence in the batch
-    const int32_t *length;    // [drafts] tokens to draft, at least 1; blocks for their K and V are there
-    int32_t *tokens;          // [drafts][stride] out
+    int32_t columns;  // logits that may be drawn: the first ones of the head
     int32_t stride;
+    const pl_draw *draw;  // [drafts]
+    int32_t *tokens;      // [drafts][stride] out, token ids
 } pl_draft;
 
 typedef struct pl_pool pl_pool;
@@ -92,10 +118,10 @@ PL_API void pl_pool_destroy(pl_pool *pool);
 // Runs one batch. Returns 0, or -1 if memory for the activations could not be had, -2 for an ISA that is not here.
 PL_API int32_t pl_forward(const pl_model *model, const pl_batch *batch, pl_pool *pool, int32_t isa);
 
-// Drafts greedily: runs the batch, then one row per drafting sequence and forward until all lengths are reached. K and V
+// Drafts: runs the batch, then one row per drafting sequence and forward until all lengths are reached. K and V
 // of all but each sequence's last draft token are written. A draft with an fc gets the batch's features from the caller;
 // later rows read the state of the row before. Returns as pl_forward.
-PL_API int32_t pl_draft_greedy(const pl_model *model, const pl_batch *first, const pl_draft *draft, pl_pool *pool,
+PL_API int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_draft *draft, pl_pool *pool,
                                int32_t isa);
 
 // States that forwards of a model with a state_offset kept: out fp32 [rows][hidden]. Of the batch only rows, sequences,

@@ -77,6 +77,20 @@ static void rotate(float *head, const float *cos, const float *sin, int head_dim
     }
 }
 
+static void rescale(const float *x, int64_t n, float top, float scale, float *out) {
+    for (int64_t i = 0; i < n; i++) out[i] = (x[i] - top) * scale;
+}
+
+static void exp(const float *x, int64_t n, float *out) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store(out + i, exp(load(x + i)));
+    if (i == n) return;
+    float rest[16] = {};
+    std::memcpy(rest, x + i, (n - i) * sizeof(float));
+    store(rest, exp(load(rest)));
+    std::memcpy(out + i, rest, (n - i) * sizeof(float));
+}
+
 static int32_t argmax(const float *x, int64_t n) {
     F best = set1(-INFINITY);
     int64_t i = 0;

@@ -173,6 +173,28 @@ def test_a_whole_accepted_block_yields_one_token_more() -> None:
     assert tokens == set(range(VOCAB))
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_q_of_some_ids_is_zero_for_all_others(rule: Rule) -> None:
+    """A narrow q with its ids gives the verdicts of the same q written out over the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(30 * 4, VOCAB, generator=generator)
+    rows = [Row(SamplingParams(), (), (), (), 0, 0)] * len(scores)
+    columns = torch.tensor([1, 4, 5, 8])
+    narrow, whole, first = [], [], []
+    for _ in range(30):
+        q = torch.randn(3, 4, generator=generator).softmax(-1)
+        drawn = tuple(torch.multinomial(q, 1, generator=generator).flatten().tolist())
+        narrow.append(DraftBlock(tuple(int(columns[i]) for i in drawn), q, columns))
+        whole.append(DraftBlock(narrow[-1].token_ids, torch.zeros(3, VOCAB).index_copy(1, columns, q)))
+        first.append(DraftBlock(drawn, q))
+    verdicts = [
+        verify(scores, rows, blocks, rule, torch.Generator().manual_seed(1))
+        for blocks in (narrow, whole, first)
+    ]
+    assert verdicts[0] == verdicts[1] != verdicts[2]
+    assert len({verdict.accepted for verdict in verdicts[0]}) > 2
+
+
 def test_layout_that_does_not_fit_is_our_bug() -> None:
     row = Row(SamplingParams(), (), (), (), 0, 0)
     with pytest.raises(AssertionError):

@@ -116,13 +116,12 @@ def test_greedy_accepts_what_is_nearly_as_likely_as_the_best() -> None:
     scores = torch.full((4, VOCAB), -9.0)
     scores[:, 0] = 0.0
     scores[0, 4], scores[1, 5], scores[2, 6] = math.log(0.8), math.log(0.5), math.log(0.3)
-    assert match_likely(scores, (4, 5, 6), 0.9) == (0, 0)
-    assert match_likely(scores, (4, 5, 6), 0.6) == (1, 0)
-    assert match_likely(scores, (4, 5, 6), 0.4) == (2, 0)
-    assert match_likely(scores, (4, 5, 6), 0.2) == (3, 0)
-    assert match_likely(scores, (0, 4), 1.0) == (1, 0)
+    for value, accepted in {0.9: 0, 0.6: 1, 0.4: 2, 0.2: 3}.items():
+        assert match_likely(scores, [(4, 5, 6)], [value]) == [(accepted, 0)]
+    several = torch.cat([scores, scores[:3], scores[:1]])
+    assert match_likely(several, [(4, 5, 6), (0, 4), ()], [0.4, 1.0, 0.1]) == [(2, 0), (1, 0), (0, 0)]
     scores[0, 4] = -math.inf
-    assert match_likely(scores, (4,), 1e-9) == (0, 0)
+    assert match_likely(scores[:2], [(4,)], [1e-9]) == [(0, 0)]
 
 
 def test_greedy_and_seeded_blocks_in_one_batch() -> None:

@@ -10,8 +10,8 @@ from engines import NO_DRAFT, Recorder, ids, request, run, spec, submit, table_e
 
 from paceline.server.config.schema import SpeculationConfig
 from paceline.server.decoding.policy import AdaptivePolicy, Candidate, Decision, History, Option, StepWork
+from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
-from paceline.server.engine.proposers import DraftModelProposer
 from paceline.server.engine.request import SpeculationParams
 from paceline.server.errors import InvalidRequestError
 

@@ -18,12 +18,13 @@ from engines import Recorder, request, run, submit, table_engine
 from statistics_helpers import Floats, joint_chi_square, joint_counts, joint_probabilities
 
 import paceline.server.decoding.verify as verify_module
+import paceline.server.engine.draft_proposer as draft_module
 import paceline.server.engine.engine as engine_module
-import paceline.server.engine.proposers as proposers_module
 from paceline.server.decoding.rows import Row
 from paceline.server.decoding.sampler import probabilities, process
 from paceline.server.decoding.verify import DraftBlock, Verdict
-from paceline.server.engine.proposers import DraftModelProposer, make_row
+from paceline.server.engine.draft_proposer import DraftModelProposer
+from paceline.server.engine.proposers import make_row
 from paceline.server.engine.request import SamplingParams, SpeculationParams
 
 VOCAB, DEPTH = 6, 3
@@ -204,9 +205,9 @@ def _renormalised(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
 MUTANTS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "residual taken from p": (verify_module, "_following", _residual_from_p, {}),
     "no bonus token": (verify_module, "_following", _no_bonus, {"length": 2}),
-    "unwarped q": (proposers_module, "probabilities", _unwarped, {"warping": "cold, top_k, top_p"}),
+    "unwarped q": (draft_module, "probabilities", _unwarped, {"warping": "cold, top_k, top_p"}),
     "q spread over ids that are never drawn": (
-        proposers_module,
+        draft_module,
         "probabilities",
         _renormalised,
         {"draft_ids": (0, 2, 5)},

@@ -13,8 +13,8 @@ from feature_oracle import FeatureOracle, target_states
 from native_drafts import write_feature_draft, write_near_feature_draft
 
 from paceline.server.decoding.verify import DraftBlock
+from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
-from paceline.server.engine.proposers import DraftModelProposer
 from paceline.server.engine.request import Request
 from paceline.server.errors import ConfigError
 

@@ -15,8 +15,8 @@ from statistics_helpers import Floats, joint_chi_square, joint_counts
 from transformers import AutoModelForCausalLM
 
 from paceline.server.decoding.verify import DraftBlock
+from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
-from paceline.server.engine.proposers import DraftModelProposer
 from paceline.server.errors import ArtifactError, ConfigError
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from native_kernels import BLOCK_TOKENS, TINY_SHAPES, Running, executor, load_plan, pool, run_alone
 from torch import Tensor
 
+from paceline.kernels.cpu.drafting import Draw
 from paceline.kernels.cpu.executor import Span
 from paceline.kernels.cpu.library import Isa
 from paceline.kernels.cpu.plan import DecoderPlan
@@ -137,7 +138,7 @@ def test_native_drafting_equals_greedy_steps_and_leaves_their_cache(isa, seed, t
         spans.append((len(flat), len(prompt), 0, table))
         flat += prompt
     last_rows = [spans[i][0] + spans[i][1] - 1 for i in lengths]
-    drafts = ex.draft_greedy(flat, spans, last_rows, list(lengths.items()))
+    drafts = [d.tokens for d in ex.draft(flat, spans, last_rows, [Draw(*wish) for wish in lengths.items()])]
     for (i, length), got in zip(lengths.items(), drafts, strict=True):
         assert got == greedy_chain(plan, isa, prompts[i], length)
         whole = prompts[i] + got

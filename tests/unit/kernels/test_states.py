@@ -14,6 +14,7 @@ from native_drafts import write_feature_draft
 from native_kernels import BLOCK_TOKENS, load_plan, pool
 from torch import Tensor
 
+from paceline.kernels.cpu.drafting import Draw
 from paceline.kernels.cpu.executor import Executor, Span
 from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import FORMATS, Format
@@ -129,7 +130,8 @@ def test_a_greedy_block_is_drafted_as_step_by_step(isa, format, ids, tiny_checkp
     spans: list[Span] = [(0, 9, 0, [0, 1]), (9, 4, 0, [2]), (13, 5, 0, [3, 4])]
     wishes = [(0, 3), (2, 6)]
     ex = keeping(plan, isa, torch.bfloat16, states=False)
-    blocks = ex.draft_greedy(TOKENS[:18], spans, [8, 17], wishes, features=given)
+    draws = [Draw(*wish) for wish in wishes]
+    blocks = [d.tokens for d in ex.draft(TOKENS[:18], spans, [8, 17], draws, features=given)]
 
     ex = keeping(plan, isa, torch.bfloat16, states=False)
     states = torch.empty(2, 64)
