@@ -34,8 +34,8 @@ class Edit:
 class Draw:
     """How a sequence's draft tokens are chosen.
 
-    Edits, temperature, top_k, top_p and min_p in this order, then the argmax ("greedy", which stops after the edits), the
-    argmax of scores + noise ("seeded") or a draw ("sampled").
+    Edits, temperature, top_k, top_p and min_p in this order, then the argmax of scores + noise ("seeded") or a draw
+    ("sampled"); "greedy" is the argmax after the edits.
 
     Attributes:
         sequence: its index in the batch.

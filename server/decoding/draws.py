@@ -1,7 +1,7 @@
 """A row as native drafting reads it: sampling parameters, penalties and biases as edits of logits, noise, uniforms.
 
-The order of operations is ``sampler.process``'s. What the draft says is verified against what it was drawn from: nothing
-here can change a distribution, and what it gets wrong costs acceptance only.
+The order of operations is ``sampler.process``'s. Draft tokens are verified against what they were drawn from:
+nothing here can change a distribution, and what it gets wrong costs acceptance only.
 """
 
 import math
