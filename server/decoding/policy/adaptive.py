@@ -12,7 +12,7 @@ from paceline.server.decoding.policy.choices import (
     Reason,
     StepWork,
 )
-from paceline.server.decoding.policy.costs import StepCosts
+from paceline.server.decoding.policy.costs import StepCosts, mean_context
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
 from paceline.server.decoding.policy.lengths import BatchCosts, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
@@ -55,9 +55,10 @@ class AdaptivePolicy:
         sharing = max(1, sum(any(o.by_model for o in c.options) for c in candidates if c.limit))
         considered = [self._consider(c, batch, sharing) for c in candidates]
         lengths = best_lengths([one.pick for one in considered], batch)
+        alone = BatchCosts(self._costs, [round(mean_context([c.context for c in candidates]))])
         decisions = [
-            Decision(n, one.pick.option) if n else Decision(reason=one.reason or self._why_not(one.pick, c))
-            for n, one, c in zip(lengths, considered, candidates, strict=True)
+            Decision(n, one.pick.option) if n else Decision(reason=one.reason or _why_not(one.pick, alone))
+            for n, one in zip(lengths, considered, strict=True)
         ]
         self._probe(decisions, candidates, considered, batch)
         return decisions
@@ -114,14 +115,6 @@ class AdaptivePolicy:
         won = (rate - plain) * seconds * candidate.horizon / (1 + expected)
         return won < plain * self._costs.catch_up_seconds(pick.option.missing)
 
-    def _why_not(self, pick: Pick, candidate: Candidate) -> Reason | None:
-        """Why a source that could draft does not: would a block pay if the sequence were alone?"""
-        if pick.option is None:
-            return None
-        alone = BatchCosts(self._costs, [candidate.context])
-        rate, _, _ = alone.best_alone(pick, 1)
-        return "batch_cost" if rate > 1 / alone.seconds() else "low_acceptance"
-
     def _probe(
         self,
         decisions: list[Decision],
@@ -143,6 +136,14 @@ class AdaptivePolicy:
     def _probe_seconds(self, option: Option, batch: BatchCosts) -> float:
         catch_up = self._costs.catch_up_seconds(option.missing) if option.missing > CATCH_UP_TOKENS else 0.0
         return batch.seconds(1, int(option.by_model), 1) - batch.seconds() + catch_up
+
+
+def _why_not(pick: Pick, alone: BatchCosts) -> Reason | None:
+    """Why a source that could draft does not: would a block pay if the sequence were alone?"""
+    if pick.option is None:
+        return None
+    rate, _, _ = alone.best_alone(pick, 1)
+    return "batch_cost" if rate > 1 / alone.seconds() else "low_acceptance"
 
 
 @dataclass(frozen=True, slots=True)

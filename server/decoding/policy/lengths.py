@@ -15,6 +15,9 @@ from typing import NamedTuple
 from paceline.server.decoding.policy.choices import Option
 from paceline.server.decoding.policy.costs import StepCosts, mean_context
 
+#: A step with drafts must promise this much more than one without: what is predicted leaves out the work around the
+#: forwards, and among many small errors the search finds the flattering ones.
+_LEAST_WIN = 1.03
 #: So many more draft forwards in a row that do not help end the search.
 _PATIENCE = 4
 #: What an unmeasured step is taken to last.
@@ -70,11 +73,13 @@ class BatchCosts:
         best, expected = (0.0, 0.0, 1.0), 0.0
         for length, gain in enumerate(pick.gains, 1):
             expected += gain
-            seconds = self.seconds(length)
+            seconds = self._target(self.sequences + length)
             if pick.by_model:
-                rows = sharing * (length - 1 + pick.first_rows)
-                seconds += (self.seconds(0, length, rows) - self.seconds()) / sharing
-            best = max(best, ((self.sequences + expected) / seconds, expected, seconds))
+                seconds += self._draft(length, sharing * (length - 1 + pick.first_rows)) / sharing
+            seconds = max(seconds, INSTANT_SECONDS)
+            rate = (self.sequences + expected) / seconds
+            if rate > best[0]:
+                best = rate, expected, seconds
         return best
 
 
@@ -89,7 +94,7 @@ def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
     tokens = [_Token(g, j, i) for i, pick in enumerate(picks) for j, g in enumerate(pick.gains, 1)]
     tokens.sort(key=lambda token: (-token.gain, token.position))
     deepest = max((len(pick.gains) for pick in picks if pick.by_model), default=0)
-    best_rate, chosen, misses = costs.sequences / costs.seconds(), list[_Token](), 0
+    best_rate, chosen, misses = _LEAST_WIN * costs.sequences / costs.seconds(), list[_Token](), 0
     for depth in range(deepest + 1):
         allowed = [t for t in tokens if t.position <= depth or not picks[t.pick].by_model]
         rate, count = _best_prefix(allowed, picks, costs)

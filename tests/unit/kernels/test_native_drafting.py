@@ -45,6 +45,7 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "min_tokens": {"min_tokens": 50, "logit_bias": {IDS[60]: 2.0}},
 }
+MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "seeded": {"seed": -3}, "sampled": {}}
 
 
 def setting(folder, isa, ids: list[int] | None) -> tuple[DecoderPlan, Executor]:
@@ -86,12 +87,11 @@ def row_after(sampling: SamplingParams, drafted: list[int]) -> Row:
 
 
 @pytest.mark.parametrize("ids", [None, IDS], ids=["all ids", "some ids"])
-@pytest.mark.parametrize("mode", ["greedy", "seeded", "sampled"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_block_is_chosen_as_the_sampler_chooses(isa, way, mode, ids, tiny_checkpoint):
     plan, ex = setting(tiny_checkpoint("llama"), isa, ids)
-    how = {"greedy": {"temperature": 0.0}, "seeded": {"seed": -3}, "sampled": {}}[mode]
-    sampling = SamplingParams(**{**WAYS[way], **how})
+    sampling = SamplingParams(**{**WAYS[way], **MODES[mode]})
     columns = plan.head.out_features - 10  # as if the target had fewer ids than the draft
     generator = torch.Generator().manual_seed(1)
     row = row_after(sampling, [])
@@ -141,9 +141,10 @@ def test_drafts_of_a_crowd_do_not_depend_on_each_other(isa, tiny_checkpoint):
     draws = DrawMaker(None, VOCAB).draws(rows, wishes, torch.Generator().manual_seed(8))
     spans: list[Span] = [(6 * i, 6, 0, [i]) for i in range(4)]
     together = ex.draft(PROMPT * 4, spans, [5, 11, 17, 23], draws)
-    for i, draw in enumerate(draws):
+    for i, (draw, crowd) in enumerate(zip(draws, together, strict=True)):
         [alone] = ex.draft(PROMPT, [(0, 6, 0, [i])], [5], [replace(draw, sequence=0)])
-        assert together[i].tokens == alone.tokens
+        assert crowd.tokens == alone.tokens
         assert len(alone.tokens) == 2 + i
         if alone.probs is not None:
-            assert torch.equal(together[i].probs, alone.probs)
+            assert crowd.probs is not None
+            assert torch.equal(crowd.probs, alone.probs)
