@@ -77,6 +77,7 @@ def library() -> ctypes.CDLL:
     lib.pl_read_states.argtypes = [PTR, PTR, PTR]
     lib.pl_read_states.restype = None
     lib.pl_argmax.argtypes = [PTR, I32, I64, PTR, PTR, I32]
+    lib.pl_verify.argtypes = [PTR, I64, PTR, I32, I32, PTR, I32]
     lib.pl_read.argtypes = [PTR, I64, PTR, I32]
     lib.pl_gumbel.argtypes = [PTR, I32, I64, PTR, I32]
     lib.pl_gumbel.restype = None

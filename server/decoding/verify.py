@@ -41,12 +41,20 @@ class DraftBlock:
         token_ids: K draft tokens, K may be 0.
         probs: fp32 [K, n], the processed distribution each token was drawn from; None if the tokens were
             proposed deterministically (q is one-hot). Greedy and seeded choices do not need it.
-        columns: token id of each column of ``probs``, int64 [n]; None is the first n ids. All others have q = 0.
+        columns: token id of each column of ``probs``, ascending, int64 [n]; None is the first n ids. Others
+            have q = 0.
     """
 
     token_ids: tuple[int, ...]
     probs: Tensor | None = None
     columns: Tensor | None = None
+
+
+#: (scores, first row of each block, blocks, uniforms, rule) -> (accepted, token after) per block; uniforms are float64
+#: in [0, 1), of each block one per draft token and one for the token after.
+NativeRule = Callable[
+    [Tensor, Sequence[int], Sequence["DraftBlock"], Tensor, Rule], Sequence[tuple[int, int]]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ def verify(
     rule: Rule,
     generator: torch.Generator,
     lenience: Lenience | None = None,
+    native: NativeRule | None = None,
 ) -> list[Verdict]:
     """Verify a ragged batch of draft blocks against the target's scores.
 
@@ -75,6 +84,7 @@ def verify(
         rule: for unseeded sampled choices without lenience, where it is always token-wise; the others are coupled.
         generator: numbers for unseeded sampled choices.
         lenience: e per block; None is exact everywhere. Seeded choices are exact in any case.
+        native: verifies and draws for unseeded sampled choices without lenience, in the place of the torch rules.
 
     Returns:
         One verdict per block.
@@ -85,8 +95,9 @@ def verify(
     )
     starts = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
     values = [1.0] * len(blocks) if lenience is None else lenience.values
-    groups = _group([rows[at] for at in starts], sizes, values)
+    groups = _group([rows[at] for at in starts], sizes, values, draws_natively=native is not None)
     verdicts: dict[int, Verdict] = {}
+    pairs: Sequence[tuple[int, int]]
     if chosen := groups["coupled"]:
         outputs = _draw_spans(scores, rows, [(starts[i], starts[i] + sizes[i]) for i in chosen], generator)
         drafts = [blocks[i].token_ids for i in chosen]
@@ -96,7 +107,11 @@ def verify(
         drafts = [blocks[i].token_ids for i in chosen]
         pairs = match_likely(scores[index], drafts, [values[i] for i in chosen])
         verdicts.update((i, Verdict(*pair)) for i, pair in zip(chosen, pairs, strict=True))
-    if chosen := groups["sampled"]:
+    if (chosen := groups["sampled"]) and native is not None:
+        uniforms = random_uniforms((sum(sizes[i] for i in chosen),), generator, scores.device)
+        pairs = native(scores, [starts[i] for i in chosen], [blocks[i] for i in chosen], uniforms, rule)
+        verdicts.update((i, Verdict(*pair)) for i, pair in zip(chosen, pairs, strict=True))
+    elif chosen:
         padded = _pad(scores, [starts[i] for i in chosen], [blocks[i] for i in chosen])
         verdicts.update(zip(chosen, _draw_verdicts(_RULES[rule], padded, generator), strict=True))
     if chosen := groups["lenient sampled"]:
@@ -107,15 +122,18 @@ def verify(
     return [verdicts[i] for i in range(len(blocks))]
 
 
-def _group(rows: Sequence[Row], sizes: Sequence[int], values: Sequence[float]) -> dict[_Group, list[int]]:
-    """Which blocks are verified in which way: first row, rows and lenience of each."""
+def _group(
+    rows: Sequence[Row], sizes: Sequence[int], values: Sequence[float], *, draws_natively: bool
+) -> dict[_Group, list[int]]:
+    """Which blocks are verified in which way: first row, rows and lenience of each; empty ones are drawn for."""
     groups: dict[_Group, list[int]] = {name: [] for name in get_args(_Group)}
     for i, (row, size, value) in enumerate(zip(rows, sizes, values, strict=True)):
         lenient = value < 1 and size > 1 and not is_seeded(row)
         if lenient:
             groups["lenient greedy" if is_greedy(row) else "lenient sampled"].append(i)
         else:
-            groups["sampled" if size > 1 and is_unseeded(row) else "coupled"].append(i)
+            sampled = is_unseeded(row) and (size > 1 or draws_natively)
+            groups["sampled" if sampled else "coupled"].append(i)
     return groups
 
 

@@ -9,6 +9,8 @@ from paceline.kernels.cpu.drafting import Drafted, Draw
 from paceline.kernels.cpu.executor import Executor, Span
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.cpu.plan import DecoderPlan
+from paceline.kernels.cpu.verification import SampledBlock, verify_sampled
+from paceline.server.decoding.verify import DraftBlock, Rule
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
 from paceline.server.engine.runner import spread
@@ -67,6 +69,21 @@ class CpuRunner:
     def argmax(self, logits: Tensor) -> list[int]:
         """See ``Runner.argmax``."""
         return self._pool.argmax(logits.contiguous()).tolist()
+
+    def verify_sampled(
+        self,
+        scores: Tensor,
+        first_rows: Sequence[int],
+        blocks: Sequence[DraftBlock],
+        uniforms: Tensor,
+        rule: Rule,
+    ) -> list[tuple[int, int]]:
+        """See ``SampledVerifier.verify_sampled``."""
+        sampled = [
+            SampledBlock(row, block.token_ids, block.probs, block.columns)
+            for row, block in zip(first_rows, blocks, strict=True)
+        ]
+        return verify_sampled(scores, sampled, uniforms, by_block=rule == "block", pool=self._pool)
 
     def draft(self, batch: Batch, draws: Sequence[Draw], columns: int) -> list[Drafted]:
         """See ``BlockDrafter.draft``."""

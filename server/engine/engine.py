@@ -27,6 +27,7 @@ from paceline.server.engine.interface import EngineObserver, FinishedReason, Loa
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.proposers import make_row
 from paceline.server.engine.request import Request, TokenEvent
+from paceline.server.engine.runner import SampledVerifier
 from paceline.server.engine.scheduler import Scheduler, StepPlan
 from paceline.server.engine.sequence import Sequence
 from paceline.server.engine.served import ServedModel
@@ -156,6 +157,7 @@ class Engine:
             model.rule,
             self._generator,
             _lenience(model, drawing),
+            model.runner.verify_sampled if isinstance(model.runner, SampledVerifier) else None,
         )
         for row, verdict in zip(drawing, verdicts, strict=True):
             row.verdict = verdict

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paceline.kernels.cpu.drafting import Drafted, Draw
+from paceline.server.decoding.verify import DraftBlock, Rule
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
 from paceline.server.models.attention import AttentionPlan, SequenceRows
@@ -78,6 +79,22 @@ class BlockDrafter(Protocol):
         Returns:
             Draft tokens per drafting sequence.
         """
+        ...
+
+
+@runtime_checkable
+class SampledVerifier(Protocol):
+    """A runner that verifies and draws natively for unseeded sampled choices."""
+
+    def verify_sampled(
+        self,
+        scores: Tensor,
+        first_rows: Sequence[int],
+        blocks: Sequence[DraftBlock],
+        uniforms: Tensor,
+        rule: Rule,
+    ) -> Sequence[tuple[int, int]]:
+        """See ``verify.NativeRule``."""
         ...
 
 

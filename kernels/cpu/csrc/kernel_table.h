@@ -4,6 +4,7 @@
 #include "paceline_cpu.h"
 
 #define PL_MAX_QUERIES 4
+#define PL_SUM_CHUNK 512  // a multiple of 16
 
 // Rows as a linear layer reads them. int8: values in [-127, 127], one scale and one correction (-128 * sum of the
 // group's values, which cancels the weights' offset of 128) per group. Otherwise fp32, padded to in_padded.
@@ -61,6 +62,8 @@ struct KernelTable {
     void (*read)(const uint8_t *memory, int64_t bytes);
     // Noise of the tokens `ids`, or of the first n where it is NULL.
     void (*gumbel)(uint64_t key, const int32_t *ids, int64_t n, float *out);
+    // out = e^(x - max x), and the sums of chunks of PL_SUM_CHUNK of them.
+    void (*softmax_weights)(const float *x, int64_t n, float *out, float *sums);
     // out = (x - top) * scale; and out = e^x.
     void (*rescale)(const float *x, int64_t n, float top, float scale, float *out);
     void (*exp)(const float *x, int64_t n, float *out);

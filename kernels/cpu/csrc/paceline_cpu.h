@@ -106,6 +106,18 @@ typedef struct {
     int32_t *tokens;      // [drafts][stride] out, token ids
 } pl_draft;
 
+// A block of draft tokens of an unseeded sampled choice, with the target's scores: row first_row + j is the position after
+// j draft tokens. Without draft tokens it is a plain draw.
+typedef struct {
+    int32_t first_row, length;
+    int64_t width;
+    const int32_t *tokens;    // [length]
+    const float *q;           // [length][width] what the tokens were drawn from; NULL: one-hot
+    const int64_t *columns;   // [width] token id of each column of q, ascending; NULL: the first ones
+    const double *uniforms;   // [length + 1] in [0, 1): one per draft token, then that of the token after them
+    int32_t accepted, token;  // out
+} pl_block;
+
 typedef struct pl_pool pl_pool;
 
 #define PL_API __attribute__((visibility("default")))
@@ -141,6 +153,11 @@ PL_API void pl_gumbel(const int64_t *keys, int32_t rows, int64_t n, float *out, 
 
 // Index of the greatest value of each row, the lowest among equals: x [rows][columns].
 PL_API void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl_pool *pool, int32_t isa);
+
+// Verifies blocks by the block rule (2403.10444) or token-wise (2211.17192): scores [rows][vocab], p = softmax of a row.
+// Returns as pl_forward.
+PL_API int32_t pl_verify(const float *scores, int64_t vocab, pl_block *blocks, int32_t count, int32_t by_block,
+                         pl_pool *pool, int32_t isa);
 
 // Reads memory once with all threads (whole MiB): timing it gives the bandwidth ceiling of benches.
 PL_API void pl_read(const void *memory, int64_t bytes, pl_pool *pool, int32_t isa);

@@ -91,13 +91,40 @@ static void exp(const float *x, int64_t n, float *out) {
     std::memcpy(out + i, rest, (n - i) * sizeof(float));
 }
 
-static int32_t argmax(const float *x, int64_t n) {
+static float greatest(const float *x, int64_t n) {
     F best = set1(-INFINITY);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) best = max(best, load(x + i));
     float top = reduce_max(best);
     for (; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (i = 0; i < n; i++)
+    return top;
+}
+
+static void softmax_weights(const float *x, int64_t n, float *out, float *sums) {
+    const F top = set1(greatest(x, n));
+    for (int64_t begin = 0; begin < n; begin += PL_SUM_CHUNK) {
+        const int64_t end = begin + PL_SUM_CHUNK < n ? begin + PL_SUM_CHUNK : n;
+        F sum = set1(0.0f);
+        int64_t i = begin;
+        for (; i + 16 <= end; i += 16) {
+            const F weight = exp(sub(load(x + i), top));
+            store(out + i, weight);
+            sum = add(sum, weight);
+        }
+        float total = reduce_add(sum);
+        if (i < end) {
+            float rest[16];
+            for (int64_t j = 0; j < 16; j++) rest[j] = i + j < end ? x[i + j] : -INFINITY;
+            store(rest, exp(sub(load(rest), top)));
+            for (int64_t j = i; j < end; j++) total += out[j] = rest[j - i];
+        }
+        sums[begin / PL_SUM_CHUNK] = total;
+    }
+}
+
+static int32_t argmax(const float *x, int64_t n) {
+    const float top = greatest(x, n);
+    for (int64_t i = 0; i < n; i++)
         if (x[i] == top) return (int32_t)i;
     return 0;
 }

@@ -14,7 +14,7 @@ from paceline.server.decoding.policy.choices import (
 )
 from paceline.server.decoding.policy.costs import StepCosts, mean_context
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
-from paceline.server.decoding.policy.lengths import BatchCosts, Pick, best_lengths
+from paceline.server.decoding.policy.lengths import BatchCosts, BestAlone, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
 
 #: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500. The first blocks
@@ -90,11 +90,12 @@ class AdaptivePolicy:
         picks = [self._pick(candidate, option) for option in candidate.options] if candidate.limit else []
         if not picks:
             return _Considered(Pick(), None, "no_match" if candidate.limit else None)
-        usable = [p for p in picks if p.gains and not self._is_behind(candidate, p, batch, sharing)]
-        best = max(usable, key=lambda pick: batch.best_alone(pick, sharing)[0], default=None)
-        if best is not None:
+        alone = [(batch.best_alone(pick, sharing), pick) for pick in picks if pick.gains]
+        usable = [(at, pick) for at, pick in alone if not self._is_behind(candidate, pick, at, batch)]
+        if usable:
+            _, best = max(usable, key=lambda one: one[0].rate)
             return _Considered(best, best.option, None)
-        behind = any(pick.gains for pick in picks)
+        behind = bool(alone)
         return _Considered(Pick(), picks[0].option, "catch_up" if behind else "low_acceptance")
 
     def _pick(self, candidate: Candidate, option: Option) -> Pick:
@@ -102,7 +103,7 @@ class AdaptivePolicy:
         rows = option.missing if option.missing <= CATCH_UP_TOKENS else 1
         return Pick(option, gains(rates, candidate.limit, _LEAST_GAIN), rows)
 
-    def _is_behind(self, candidate: Candidate, pick: Pick, batch: BatchCosts, sharing: int) -> bool:
+    def _is_behind(self, candidate: Candidate, pick: Pick, alone: BestAlone, batch: BatchCosts) -> bool:
         """Whether the draft has more to catch up on than drafting can still win back.
 
         With drafting the sequence needs horizon / (1 + expected) more steps, each of which wins the difference of
@@ -110,9 +111,8 @@ class AdaptivePolicy:
         """
         if pick.option is None or pick.option.missing <= CATCH_UP_TOKENS:
             return False
-        rate, expected, seconds = batch.best_alone(pick, sharing)
         plain = batch.sequences / batch.seconds()
-        won = (rate - plain) * seconds * candidate.horizon / (1 + expected)
+        won = (alone.rate - plain) * alone.seconds * candidate.horizon / (1 + alone.expected)
         return won < plain * self._costs.catch_up_seconds(pick.option.missing)
 
     def _probe(
@@ -142,8 +142,7 @@ def _why_not(pick: Pick, alone: BatchCosts) -> Reason | None:
     """Why a source that could draft does not: would a block pay if the sequence were alone?"""
     if pick.option is None:
         return None
-    rate, _, _ = alone.best_alone(pick, 1)
-    return "batch_cost" if rate > 1 / alone.seconds() else "low_acceptance"
+    return "batch_cost" if alone.best_alone(pick, 1).rate > 1 / alone.seconds() else "low_acceptance"
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,14 @@ class Pick:
         return self.option is not None and self.option.by_model
 
 
+class BestAlone(NamedTuple):
+    """A block's tokens per second of the batch, expected accepted tokens, and seconds of the step."""
+
+    rate: float
+    expected: float
+    seconds: float
+
+
 class BatchCosts:
     """Predicted times of a step that decodes the given sequences.
 
@@ -61,16 +69,13 @@ class BatchCosts:
         verifying: float = self._target(self.sequences + draft_tokens)
         return max(verifying + drafting, INSTANT_SECONDS)
 
-    def best_alone(self, pick: Pick, sharing: int) -> tuple[float, float, float]:
+    def best_alone(self, pick: Pick, sharing: int) -> BestAlone:
         """The best block of at least one token if only this pick drafts.
 
         Args:
             sharing: sequences between which the price of draft forwards is divided.
-
-        Returns:
-            Tokens per second of the batch, expected accepted tokens, and the step's seconds.
         """
-        best, expected = (0.0, 0.0, 1.0), 0.0
+        best, expected = BestAlone(0.0, 0.0, 1.0), 0.0
         for length, gain in enumerate(pick.gains, 1):
             expected += gain
             seconds = self._target(self.sequences + length)
@@ -78,8 +83,8 @@ class BatchCosts:
                 seconds += self._draft(length, sharing * (length - 1 + pick.first_rows)) / sharing
             seconds = max(seconds, INSTANT_SECONDS)
             rate = (self.sequences + expected) / seconds
-            if rate > best[0]:
-                best = rate, expected, seconds
+            if rate > best.rate:
+                best = BestAlone(rate, expected, seconds)
         return best
 
 
