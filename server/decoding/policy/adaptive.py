@@ -14,7 +14,7 @@ from paceline.server.decoding.policy.choices import (
 )
 from paceline.server.decoding.policy.costs import StepCosts, mean_context
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
-from paceline.server.decoding.policy.lengths import BatchCosts, BestAlone, Pick, best_lengths
+from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, BestAlone, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
 
 #: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500. The first blocks
@@ -25,6 +25,8 @@ _MODEL_KEEP, _MODEL_PRIOR = 0.998, 16.0
 _IDLE_KEEP = 0.998
 #: Acceptance before anything is known, of a draft model and of n-grams: hopeful, as trying is how one learns.
 _FIRST_GUESS = {True: 0.7, False: 0.5}
+#: A sequence whose draft is too far behind to catch up is reconsidered every so many steps.
+_RECONSIDER_STEPS = 8
 #: Draft tokens less likely than this never pay; leaving them out keeps the search short.
 _LEAST_GAIN = 0.02
 
@@ -87,16 +89,17 @@ class AdaptivePolicy:
 
     def _consider(self, candidate: Candidate, batch: BatchCosts, sharing: int) -> "_Considered":
         """The source that would serve a sequence best in this batch."""
-        picks = [self._pick(candidate, option) for option in candidate.options] if candidate.limit else []
-        if not picks:
+        options = candidate.options if candidate.limit else []
+        if not options:
             return _Considered(Pick(), None, "no_match" if candidate.limit else None)
+        picks = [self._pick(candidate, o) for o in options if not _rests(o, candidate.history)]
         alone = [(batch.best_alone(pick, sharing), pick) for pick in picks if pick.gains]
         usable = [(at, pick) for at, pick in alone if not self._is_behind(candidate, pick, at, batch)]
         if usable:
             _, best = max(usable, key=lambda one: one[0].rate)
             return _Considered(best, best.option, None)
-        behind = bool(alone)
-        return _Considered(Pick(), picks[0].option, "catch_up" if behind else "low_acceptance")
+        behind = bool(alone) or len(picks) < len(options)
+        return _Considered(Pick(), options[0], "catch_up" if behind else "low_acceptance")
 
     def _pick(self, candidate: Candidate, option: Option) -> Pick:
         rates = self._rates(candidate.history, option)
@@ -126,7 +129,9 @@ class AdaptivePolicy:
         wishes = [
             (self._probe_seconds(one.probed, batch), i)
             for i, one in enumerate(considered)
-            if one.probed is not None and not decisions[i].length and is_due(candidates[i].history)
+            if one.probed is not None
+            and not decisions[i].length
+            and is_due(candidates[i].history, decisions[i].reason)
         ]
         index = self._probes.grant(wishes)
         if index is not None:
@@ -138,11 +143,17 @@ class AdaptivePolicy:
         return batch.seconds(1, int(option.by_model), 1) - batch.seconds() + catch_up
 
 
+def _rests(option: Option, history: History) -> bool:
+    """Whether a draft that was too far behind is left alone in this step: its case changes slowly."""
+    return option.missing > CATCH_UP_TOKENS and history.idle_steps % _RECONSIDER_STEPS != 1
+
+
 def _why_not(pick: Pick, alone: BatchCosts) -> Reason | None:
     """Why a source that could draft does not: would a block pay if the sequence were alone?"""
     if pick.option is None:
         return None
-    return "batch_cost" if alone.best_alone(pick, 1).rate > 1 / alone.seconds() else "low_acceptance"
+    pays = alone.best_alone(pick, 1).rate > LEAST_WIN / alone.seconds()
+    return "batch_cost" if pays else "low_acceptance"
 
 
 @dataclass(frozen=True, slots=True)

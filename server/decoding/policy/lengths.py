@@ -17,7 +17,7 @@ from paceline.server.decoding.policy.costs import StepCosts, mean_context
 
 #: A step with drafts must promise this much more than one without: what is predicted leaves out the work around the
 #: forwards, and among many small errors the search finds the flattering ones.
-_LEAST_WIN = 1.03
+LEAST_WIN = 1.05
 #: So many more draft forwards in a row that do not help end the search.
 _PATIENCE = 4
 #: What an unmeasured step is taken to last.
@@ -99,7 +99,7 @@ def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
     tokens = [_Token(g, j, i) for i, pick in enumerate(picks) for j, g in enumerate(pick.gains, 1)]
     tokens.sort(key=lambda token: (-token.gain, token.position))
     deepest = max((len(pick.gains) for pick in picks if pick.by_model), default=0)
-    best_rate, chosen, misses = _LEAST_WIN * costs.sequences / costs.seconds(), list[_Token](), 0
+    best_rate, chosen, misses = LEAST_WIN * costs.sequences / costs.seconds(), list[_Token](), 0
     for depth in range(deepest + 1):
         allowed = [t for t in tokens if t.position <= depth or not picks[t.pick].by_model]
         rate, count = _best_prefix(allowed, picks, costs)

@@ -6,6 +6,7 @@ small share of its time.
 
 from collections.abc import Sequence
 
+from paceline.server.decoding.policy.choices import Reason
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
 from paceline.server.decoding.policy.lengths import INSTANT_SECONDS
 
@@ -16,6 +17,7 @@ BUDGET_SHARE = 0.01
 _FIRST_CREDIT_STEPS = 4
 _MOST_SAVED_STEPS = 16
 _LONGEST_WAIT_STEPS = 1024
+_CROWDED_WAIT_STEPS = 64
 
 
 class ProbeBudget:
@@ -53,6 +55,11 @@ class ProbeBudget:
             history.probe_after = min(2 * max(history.probe_after, FIRST_PROBE_STEPS), _LONGEST_WAIT_STEPS)
 
 
-def is_due(history: History) -> bool:
-    """Whether a sequence that does not draft has waited long enough."""
-    return history.idle_steps >= history.probe_after
+def is_due(history: History, reason: Reason | None) -> bool:
+    """Whether a sequence that does not draft has waited long enough.
+
+    Where the batch is what makes drafting dear, acceptance is known and would be tried as soon as the batch shrinks;
+    only what rows cost could have changed.
+    """
+    wait = max(history.probe_after, _CROWDED_WAIT_STEPS) if reason == "batch_cost" else history.probe_after
+    return history.idle_steps >= wait
