@@ -151,7 +151,5 @@ def peers(text: str | None) -> tuple[Peer, ...]:
 
 
 def serve_options(draft: str | None) -> list[list[str]]:
-    """Our servers by default: int8 without speculation, with n-grams and, if there is one, with the draft."""
-    plain = ["--weights", "int8"]
-    kinds = ["ngram"] + ([draft] if draft else [])
-    return [plain, *([*plain, "--draft", kind] for kind in kinds)]
+    """Our servers by default: int8 without speculation, with n-grams, and with the draft or the one that comes along."""
+    return [["--weights", "int8", "--draft", kind] for kind in ("none", "ngram", draft or "auto")]

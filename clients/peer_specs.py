@@ -37,7 +37,7 @@ def reference(model: str) -> str:
 def our_name(serve: Sequence[str]) -> str:
     """Short name of a server of ours: weights, what drafts, and whatever else was asked for."""
     words = [part for word in serve for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    weights, draft, rest = "auto", "none", []
+    weights, draft, rest = "auto", "auto", []
     while words:
         word = words.pop(0)
         if word == "--weights" and words:
@@ -46,7 +46,7 @@ def our_name(serve: Sequence[str]) -> str:
             draft = words.pop(0)
         else:
             rest.append(word)
-    drafts = {"none": [], "ngram": ["+", "ngram"]}.get(draft, ["+", "draft"])
+    drafts = {"none": [], "ngram": ["+", "ngram"], "auto": ["+", "auto", "draft"]}.get(draft, ["+", "draft"])
     return " ".join((OURS, weights, *drafts, *rest))
 
 

@@ -187,16 +187,14 @@ class _Drafting:
     def __init__(self, item: Scheduled, index: int) -> None:
         self.item, self.index = item, index
         self.tokens: list[int] = []
-        self.probs: list[Tensor] = []  # one row per token
-        self.columns: Tensor | None = None  # see DraftBlock.columns
+        self.probs: list[Tensor] = []
+        self._whole: DraftBlock | None = None  # where one call drafted all of it
         sampling = item.sequence.sampling
         self.needs_probs = sampling.temperature > 0 and sampling.seed is None
 
     def take(self, drafted: Drafted, columns: Tensor | None) -> None:
         """The whole block at once; K and V of all but its last token are written."""
-        self.tokens = drafted.tokens
-        if drafted.probs is not None:
-            self.probs, self.columns = list(drafted.probs), columns
+        self._whole = DraftBlock(tuple(drafted.tokens), drafted.probs, columns)
         assert self.item.sequence.draft is not None
         self.item.sequence.draft.num_computed += len(drafted.tokens) - 1
 
@@ -204,8 +202,9 @@ class _Drafting:
         return make_row(self.item.sequence, self.tokens)
 
     def block(self) -> DraftBlock:
-        probs = torch.stack(self.probs) if self.needs_probs else None
-        return DraftBlock(tuple(self.tokens), probs, self.columns)
+        if self._whole is not None:
+            return self._whole
+        return DraftBlock(tuple(self.tokens), torch.stack(self.probs) if self.needs_probs else None)
 
 
 def _forget_drafted(drafting: SequenceOf[_Drafting]) -> None:

@@ -84,8 +84,9 @@ def test_peers_can_be_chosen() -> None:
 
 def test_ours_run_plain_with_ngrams_and_with_the_draft() -> None:
     assert bench_presets.serve_options(None) == [
-        ["--weights", "int8"],
+        ["--weights", "int8", "--draft", "none"],
         ["--weights", "int8", "--draft", "ngram"],
+        ["--weights", "int8", "--draft", "auto"],
     ]
     assert bench_presets.serve_options("small")[2] == ["--weights", "int8", "--draft", "small"]
 

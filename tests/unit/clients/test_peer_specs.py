@@ -38,12 +38,12 @@ def cast(model: str = "/models/m.Q4_1.gguf", **changes: Any) -> tuple[list[Spec]
 
 
 def test_everyone_takes_part() -> None:
-    serve = [["--weights", "int8"], ["--weights", "int8", "--draft", "ngram"], []]
+    serve = [["--weights", "int8", "--draft", "none"], ["--weights", "int8", "--draft", "ngram"], []]
     ours, peers, skipped = cast(serve=serve, vllm_python=Path("/env/bin/python"))
     assert [(spec.name, spec.family) for spec in (*ours, *peers)] == [
         ("ours int8", "ours"),
         ("ours int8 + ngram", "ours"),
-        ("ours auto", "ours"),
+        ("ours auto + auto draft", "ours"),
         ("llama.cpp Q4_1", "llama.cpp"),
         ("llama.cpp Q8_0", "llama.cpp"),
         ("vllm bf16", "vllm"),
