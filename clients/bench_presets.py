@@ -151,5 +151,5 @@ def peers(text: str | None) -> tuple[Peer, ...]:
 
 
 def serve_options(draft: str | None) -> list[list[str]]:
-    """Our servers by default: int8 without speculation, with n-grams, and with the draft or the one that comes along."""
+    """Our servers by default: int8 alone, with n-grams, and with the draft, or the one that comes along."""
     return [["--weights", "int8", "--draft", kind] for kind in ("none", "ngram", draft or "auto")]
