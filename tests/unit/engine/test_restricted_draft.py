@@ -11,10 +11,13 @@ import torch
 from conftest import TinyCheckpoint
 from engines import NO_DRAFT, Recorder, request, run, spec, submit, tiny_engine, tokens
 from native_drafts import EMBEDDING, HEAD, write_draft
+from native_kernels import require_native
 from statistics_helpers import Floats, joint_chi_square, joint_counts
 from transformers import AutoModelForCausalLM
 
+from paceline.kernels.cpu.verification import SampledBlock, verify_sampled
 from paceline.server.decoding.verify import DraftBlock
+from paceline.server.engine import cpu_runner
 from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.errors import ArtifactError, ConfigError
@@ -112,6 +115,32 @@ def test_a_draft_all_of_whose_ids_are_masked_proposes_nothing(
     run(with_draft(target, draft), request(PROMPTS[0], temperature=1.0, ignore_eos=True))
     assert set(proposed) <= set(few)
     assert proposed
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_sampled_requests_are_verified_by_the_native_rule(
+    rule: str, target: Path, near: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With the draft's q, and by the rule that was asked for; greedy and seeded requests have no use for it."""
+    require_native()
+    calls: list[tuple[bool, list[SampledBlock]]] = []
+
+    def recording(
+        scores: Any, blocks: list[SampledBlock], uniforms: Any, *, by_block: bool, pool: Any
+    ) -> Any:
+        calls.append((by_block, blocks))
+        return verify_sampled(scores, blocks, uniforms, by_block=by_block, pool=pool)
+
+    monkeypatch.setattr(cpu_runner, "verify_sampled", recording)
+    draft = write_draft(tmp_path / "draft", target, near, ids=KNOWN)
+    engine = tiny_engine(spec(target, draft=draft, max_draft_tokens=3, verify=rule))
+    run(engine, request(PROMPTS[0], temperature=0.0), request(PROMPTS[1], temperature=1.0, seed=1))
+    assert not calls
+    run(engine, request(PROMPTS[0], temperature=1.0, ignore_eos=True))
+    assert {by_block for by_block, _ in calls} == {rule == "block"}
+    drafted = [block for _, blocks in calls for block in blocks if block.token_ids]
+    assert len(drafted) > 3
+    assert all(block.q is not None and block.q.shape[1] == len(KNOWN) for block in drafted)
 
 
 def exact_joint(target: Path, prompt: Sequence[int], vocab: int) -> Floats:
