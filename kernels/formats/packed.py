@@ -1,8 +1,8 @@
-"""Weight formats of linear layers: what is stored, how many bytes it takes, how to get the values back.
+"""Linear layers as the CPU kernels read them: how many bytes that takes, how to get the values back.
 
 A ``PackedLinear`` holds output rows in tiles of 16 (see ``cpu/csrc/paceline_cpu.h``); packing is done by
 ``cpu.library``. int8 is symmetric with one scale per output row and is meant for activations that are quantized in
-groups of 64 inputs. Room is left for int4 and sparse formats: a format is a name, a packer and an unpacker.
+groups of 64 inputs.
 """
 
 from dataclasses import dataclass
