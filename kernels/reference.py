@@ -43,8 +43,4 @@ def argmax(x: Tensor) -> Tensor:
 
 def _int8_groups(layer: PackedLinear) -> Tensor:
     """Integer weights [out, groups, 64]."""
-    assert layer.scale is not None
-    unit = PackedLinear(
-        "int8", layer.out_features, layer.in_padded, layer.data, torch.ones_like(layer.scale), None
-    )
-    return unit.unpack().view(layer.out_features, -1, GROUP)
+    return layer.stored().view(layer.out_features, -1, GROUP)

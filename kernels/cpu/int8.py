@@ -7,13 +7,17 @@ quantizing before or after storing gives the same bits.
 import torch
 from torch import Tensor
 
-from paceline.kernels.formats import GROUP, LANES, PackedLinear, pad_rows, padded
+from paceline.kernels.formats.packed import (
+    GROUP,
+    INT8_OFFSET,
+    LANES,
+    PER_LANE,
+    PackedLinear,
+    pad_rows,
+    padded,
+)
 
 _TOP = 127.0
-#: Stored as unsigned bytes, see ``csrc/paceline_cpu.h``.
-_OFFSET = 128
-#: Inputs of one output row that lie side by side in a tile.
-_PER_LANE = 4
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,9 +37,9 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def pack_rows(values: Tensor, scale: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Pack quantized rows as they are: int8 [out, in], fp32 [out] and a bias [out] of any float type."""
     out, width = values.shape
-    whole = torch.full((padded(out, LANES), padded(width, GROUP)), _OFFSET, dtype=torch.uint8)
-    whole[:out, :width] = (values.to(torch.int16) + _OFFSET).to(torch.uint8)
-    tiles = whole.view(-1, LANES, whole.shape[1] // _PER_LANE, _PER_LANE).transpose(1, 2)
+    whole = torch.full((padded(out, LANES), padded(width, GROUP)), INT8_OFFSET, dtype=torch.uint8)
+    whole[:out, :width] = (values.to(torch.int16) + INT8_OFFSET).to(torch.uint8)
+    tiles = whole.view(-1, LANES, whole.shape[1] // PER_LANE["int8"], PER_LANE["int8"]).transpose(1, 2)
     data = tiles.contiguous().view(-1)
     return PackedLinear(
         "int8", out, width, data, pad_rows(scale), None if bias is None else pad_rows(bias.float())

@@ -21,7 +21,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 6
+ABI_VERSION = 7
 Isa = Literal["portable", "avx2", "avx512"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -34,7 +34,7 @@ class LinearStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, I32) for name in ("format", "out", "in_", "in_padded")),
-        *((name, PTR) for name in ("data", "scale", "bias")),
+        *((name, PTR) for name in ("data", "tile_starts", "scale", "bias")),
     )
 
 
@@ -217,6 +217,7 @@ def linear_struct(layer: PackedLinear) -> LinearStruct:
         layer.in_features,
         layer.in_padded,
         layer.data.data_ptr(),
+        pointer(layer.tile_starts),
         pointer(layer.scale),
         pointer(layer.bias),
     )

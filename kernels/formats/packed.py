@@ -1,8 +1,8 @@
 """Linear layers as the CPU kernels read them: how many bytes that takes, how to get the values back.
 
-A ``PackedLinear`` holds output rows in tiles of 16 (see ``cpu/csrc/paceline_cpu.h``); packing is done by
-``cpu.library``. int8 is symmetric with one scale per output row and is meant for activations that are quantized in
-groups of 64 inputs.
+A ``PackedLinear`` holds output rows in tiles of 16 (see ``cpu/csrc/paceline_cpu.h``), dense or sparse; packing is done
+by ``cpu.library`` and ``cpu.sparse``. int8 is symmetric with one scale per output row and is meant for activations that
+are quantized in groups of 64 inputs.
 """
 
 from dataclasses import dataclass
@@ -11,10 +11,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from paceline.kernels.formats.tiled import VECTORS, expand
+
 Format = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 LANES = 16
 GROUP = 64
+#: Inputs of one output row that lie side by side in a tile.
+PER_LANE: dict[Format, int] = {"fp32": 1, "bf16": 2, "int8": 4}
+#: int8 is stored as unsigned bytes, see ``csrc/paceline_cpu.h``.
+INT8_OFFSET = 128
 _INPUT_PADDING = {"fp32": 4, "bf16": 4, "int8": GROUP}
 _ELEMENT = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 
@@ -22,6 +28,11 @@ _ELEMENT = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
 def padded(n: int, to: int) -> int:
     """``n`` rounded up to a multiple of ``to``."""
     return -(-n // to) * to
+
+
+def sparse_padding(format: Format) -> int:
+    """Inputs per group of a sparse tile; rows are padded to whole groups."""
+    return VECTORS * PER_LANE[format]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,8 @@ class PackedLinear:
         data: uint8 [bytes], tiles of 16 output rows.
         scale: fp32 [padded out] for int8, else None.
         bias: fp32 [padded out] or None.
+        tile_starts: of a sparse weight, the bytes from ``data`` to each tile and to the end, int64 [tiles + 1]; None is
+            a dense one.
     """
 
     format: Format
@@ -40,29 +53,39 @@ class PackedLinear:
     data: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+    tile_starts: Tensor | None = None
 
     @property
     def in_padded(self) -> int:
         """Inputs per row as stored."""
-        return padded(self.in_features, _INPUT_PADDING[self.format])
+        dense = self.tile_starts is None
+        return padded(self.in_features, _INPUT_PADDING[self.format] if dense else sparse_padding(self.format))
 
     @property
     def num_bytes(self) -> int:
         """Bytes that one forward reads."""
-        parts = [self.data, self.scale, self.bias]
+        parts = [self.data, self.scale, self.bias, self.tile_starts]
         return sum(p.numel() * p.element_size() for p in parts if p is not None)
 
     def unpack(self) -> Tensor:
         """The weight as fp32 [out, in]; int8 comes dequantized."""
-        per_lane = {"fp32": 1, "bf16": 2, "int8": 4}[self.format]
-        tiles = padded(self.out_features, LANES) // LANES
-        stored = self.data.view(_ELEMENT[self.format]).view(
-            tiles, self.in_padded // per_lane, LANES, per_lane
-        )
-        rows = stored.permute(0, 2, 1, 3).reshape(tiles * LANES, self.in_padded).float()
+        rows = self.stored().float()
         if self.scale is not None:
-            rows = (rows - 128.0) * self.scale[:, None]
-        return rows[: self.out_features, : self.in_features]
+            rows = rows * self.scale[: self.out_features, None]
+        return rows[:, : self.in_features]
+
+    def stored(self) -> Tensor:
+        """The values as stored, in ``in_padded`` columns: [out, in padded] in fp32, bf16 or (int8) int16."""
+        per_lane, element = PER_LANE[self.format], _ELEMENT[self.format]
+        tiles, vectors = padded(self.out_features, LANES) // LANES, self.in_padded // per_lane
+        if self.tile_starts is None:
+            lanes = self.data.view(element)
+        else:
+            absent = INT8_OFFSET if self.format == "int8" else 0
+            lanes = expand(self.data, self.tile_starts, vectors, element, absent)
+        rows = lanes.view(tiles, vectors, LANES, per_lane).transpose(1, 2)
+        rows = rows.reshape(tiles * LANES, self.in_padded)[: self.out_features]
+        return rows.to(torch.int16) - INT8_OFFSET if self.format == "int8" else rows
 
 
 def pad_rows(values: Tensor) -> Tensor:

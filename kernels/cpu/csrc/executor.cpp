@@ -9,6 +9,7 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "tiles.h"
 #include "workspace.h"
 
 namespace {
@@ -19,7 +20,7 @@ constexpr int kMostTilesPerClaim = 8, kFewestTilesPerClaim = 2;
 constexpr int64_t kClaimBytes = 2048;
 
 int tiles_per_claim(const pl_linear &l, int threads) {
-    const int64_t tiles = (l.out + PL_LANES - 1) / PL_LANES, tile_bytes = pl_packed_bytes(l.format, l.out, l.in) / tiles;
+    const int64_t tiles = num_tiles(l), tile_bytes = weight_bytes(l) / tiles;
     int best = kMostTilesPerClaim;
     int64_t least = INT64_MAX;
     for (int chunk = kMostTilesPerClaim; chunk >= kFewestTilesPerClaim; chunk /= 2) {
@@ -36,7 +37,7 @@ thread_local Workspace workspace;
 void linear_phase(Worker &worker, const KernelTable &k, const pl_linear &l, const Input &input, const Output &out, int rows,
                   int threads, Lookahead *ahead = nullptr) {
     const int chunk = tiles_per_claim(l, threads), step = worker.from_back() ? -chunk : chunk;
-    worker.each((l.out + PL_LANES - 1) / PL_LANES, chunk,
+    worker.each(num_tiles(l), chunk,
                 [&](int begin, int end) { k.linear_tiles(l, input, out, rows, begin, end, std::max(0, begin + step)); }, ahead);
 }
 
@@ -171,12 +172,11 @@ private:
 
     // The first claim that this thread will make of `next`, if it is one of the first two threads.
     void look_ahead(Thread &t, const pl_linear &next) const {
-        const int64_t bytes = pl_packed_bytes(next.format, next.out, next.in), tiles = (next.out + PL_LANES - 1) / PL_LANES;
-        const int64_t first = std::min(bytes, tiles_per_claim(next, pool_.threads()) * bytes / tiles);
+        const int tiles = num_tiles(next), claim = std::min(tiles, tiles_per_claim(next, pool_.threads()));
         const auto *data = (const uint8_t *)next.data;
         t.ahead = {};
-        if (t.worker.thread() == 0) t.ahead = {data, data + first};
-        if (t.worker.thread() == 1) t.ahead = {data + bytes - first, data + bytes};
+        if (t.worker.thread() == 0) t.ahead = {data, data + tile_start(next, claim)};
+        if (t.worker.thread() == 1) t.ahead = {data + tile_start(next, tiles - claim), data + weight_bytes(next)};
     }
 
     void prepare(const float *x, const float *weight, const pl_linear &next, int row) {

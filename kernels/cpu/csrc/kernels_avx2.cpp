@@ -1,7 +1,7 @@
 #define PL_USE_AVX2
 #define PL_ISA_NS isa_avx2
 namespace PL_ISA_NS {
-static constexpr int kFewRows = 1, kFewTiles = 2, kManyRows = 2, kPrefetchBytes = 1024, kPrefetchGroups = 4;  // 16 registers, two to a vector
+static constexpr int kFewRows = 1, kFewTiles = 2, kManyRows = 2, kPrefetchBytes = 1024, kPrefetchGroups = 4, kSparsePrefetchBytes = 512;  // 16 registers, two to a vector
 }
 #include "kernels.h"
 

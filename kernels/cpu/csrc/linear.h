@@ -1,8 +1,9 @@
-// Linear layers over packed tiles, all weight formats. A row's result is accumulated in one order (inputs ascending;
+// Linear layers over packed tiles, dense here and sparse in sparse_linear.h. A row's result is accumulated in one order (inputs ascending;
 // int8: exact integer sums per group of 64 inputs, groups ascending), whatever rows and tiles share the call.
 #pragma once
 #include "kernel_table.h"
 #include "simd.h"
+#include "sparse_linear.h"
 
 namespace PL_ISA_NS {
 
@@ -79,17 +80,17 @@ PL_INLINE void sums_bf16(const pl_linear &l, const Input &x, int tile, int row, 
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
     for (int k = 0; k < l.in_padded; k += 2) {
-        F even[R], odd[R];
+        W2 weights[R];
         for (int r = 0; r < R; r++) {
             const uint16_t *at = w + r * tile_size + (int64_t)k * PL_LANES;
-            even[r] = even_bf16(at);
-            odd[r] = odd_bf16(at);
+            weights[r] = load_pairs(at);
             prefetch((const uint8_t *)at + kPrefetchBytes);
         }
         for (int t = 0; t < T; t++) {
             const float *in = x.fp32 + (int64_t)(row + t) * l.in_padded + k;
             F first = set1(in[0]), second = set1(in[1]);
-            for (int r = 0; r < R; r++) sum[r][t] = fma(odd[r], second, fma(even[r], first, sum[r][t]));
+            for (int r = 0; r < R; r++)
+                sum[r][t] = fma(second_of(weights[r]), second, fma(first_of(weights[r]), first, sum[r][t]));
         }
     }
 }
@@ -115,7 +116,8 @@ PL_INLINE void sums_fp32(const pl_linear &l, const Input &x, int tile, int row, 
 
 template <int R, int T>
 PL_INLINE void sums_any(const pl_linear &l, const Input &x, int tile, int next, int row, F (&sum)[R][T]) {
-    if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, next, row, sum);
+    if (l.tile_starts) sums_sparse<R, T>(l, x, tile, row, sum);
+    else if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, next, row, sum);
     else if (l.format == PL_BF16) sums_bf16<R, T>(l, x, tile, row, sum);
     else sums_fp32<R, T>(l, x, tile, row, sum);
 }

@@ -11,9 +11,10 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 6
+#define PL_ABI_VERSION 7
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
+#define PL_VECTORS 16  // 64-byte vectors of weights per group of a sparse tile
 
 enum { PL_FP32 = 0, PL_BF16 = 1, PL_INT8 = 2 };
 enum { PL_GREEDY = 0, PL_SEEDED = 1, PL_SAMPLED = 2 };
@@ -22,9 +23,13 @@ enum { PL_ISA_PORTABLE = 0, PL_ISA_AVX2 = 1, PL_ISA_AVX512 = 2 };
 // y = x W^T + bias. `data` holds tiles of PL_LANES output rows, one after another, rows padded with zeros:
 //   fp32 [tile][in][lane]; bf16 [tile][in/2][lane][2]; int8 [tile][in/4][lane][4], weight + 128 as uint8,
 // with `in` padded to `in_padded` (a multiple of 4 for fp32 and bf16, of PL_GROUP for int8).
+// Sparse: the same tiles cut into vectors of 64 bytes, as they are when dense. A group of PL_VECTORS of them is their masks,
+// one bit per value, least significant first, and then the values of the set bits; 0 (int8: a weight of 0) stands where
+// no bit is set. `in_padded` makes whole groups. Behind the last value 64 bytes more can be read.
 typedef struct {
     int32_t format, out, in, in_padded;
     const void *data;
+    const int64_t *tile_starts;  // [tiles + 1] bytes from `data` to each tile; NULL: dense
     const float *scale;  // int8: [tiles * PL_LANES], one per output row
     const float *bias;   // [tiles * PL_LANES] or NULL
 } pl_linear;

@@ -12,6 +12,7 @@
 namespace PL_ISA_NS {
 
 #define PL_INLINE static inline __attribute__((always_inline))
+#define PL_MEMBER inline __attribute__((always_inline))
 
 #if defined(PL_USE_AVX512)
 
@@ -38,11 +39,16 @@ PL_INLINE void store_bf16(uint16_t *p, F a) {  // round to nearest even
     x = _mm512_srli_epi32(_mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(x));
 }
-PL_INLINE F even_bf16(const uint16_t *p) {  // elements 0, 2, 4, ... of 32
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+PL_INLINE F expand_fp32(const float *p, uint16_t mask) { return {_mm512_maskz_expand_ps(mask, _mm512_loadu_ps(p))}; }
+// bf16 weights of 16 rows x 2 inputs.
+struct W2 { __m512i v; };
+PL_INLINE W2 load_pairs(const uint16_t *p) { return {_mm512_loadu_si512(p)}; }
+PL_INLINE W2 expand_pairs(const uint16_t *p, uint32_t mask) {
+    return {_mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p))};
 }
-PL_INLINE F odd_bf16(const uint16_t *p) {
-    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff0000)))};
+PL_INLINE F first_of(W2 w) { return {_mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16))}; }
+PL_INLINE F second_of(W2 w) {
+    return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff0000)))};
 }
 PL_INLINE I set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
 PL_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -55,6 +61,9 @@ PL_INLINE F pow2(I n) {  // 2^n for -126 <= n <= 127
 struct W4 { __m512i v; };
 struct X4 { __m512i v; };
 PL_INLINE W4 load_weights(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
+PL_INLINE W4 expand_weights(const uint8_t *p, uint64_t mask) {
+    return {_mm512_mask_expand_epi8(_mm512_set1_epi8(-128), mask, _mm512_loadu_si512(p))};
+}
 PL_INLINE X4 load_inputs(const int8_t *p) {
     int32_t x;
     std::memcpy(&x, p, 4);
@@ -99,15 +108,44 @@ PL_INLINE void store_bf16(uint16_t *p, F a) {
     __m256i packed = _mm256_packus_epi32(narrow_bf16(a.lo), narrow_bf16(a.hi));
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
-PL_INLINE F even_bf16(const uint16_t *p) {
-    const __m256i *q = (const __m256i *)p;
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q), 16)),
-            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q + 1), 16))};
+PL_INLINE F expand_fp32(const float *p, uint16_t mask) {
+    float lanes[16] = {};
+    for (; mask; mask &= mask - 1) lanes[__builtin_ctz(mask)] = *p++;
+    return load(lanes);
 }
-PL_INLINE F odd_bf16(const uint16_t *p) {
-    const __m256i *q = (const __m256i *)p, mask = _mm256_set1_epi32(0xffff0000);
-    return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(q), mask)),
-            _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(q + 1), mask))};
+// Where the i-th of 8 elements comes from among those packed for a mask of 8 bits; 0x80 (which shuffles to zero): nowhere.
+struct Sources {
+    alignas(16) uint8_t of[256][8];
+    constexpr Sources() : of() {
+        for (int mask = 0; mask < 256; mask++)
+            for (int i = 0, from = 0; i < 8; i++) of[mask][i] = mask >> i & 1 ? from++ : 0x80;
+    }
+};
+static constexpr Sources kSources;
+PL_INLINE __m128i sources(uint8_t mask) { return _mm_loadl_epi64((const __m128i *)kSources.of[mask]); }
+struct W2 { __m256i lo, hi; };
+PL_INLINE W2 load_pairs(const uint16_t *p) {
+    return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 16))};
+}
+PL_INLINE __m128i expand8_bf16(const uint16_t *&p, uint8_t mask) {
+    const __m128i from = sources(mask), twice = _mm_unpacklo_epi8(from, from);
+    // Byte numbers 2 i and 2 i + 1; with saturation, what comes from nowhere keeps its highest bit.
+    const __m128i bytes = _mm_adds_epu8(_mm_adds_epu8(twice, twice), _mm_set1_epi16(0x100));
+    const __m128i packed = _mm_loadu_si128((const __m128i *)p);
+    p += __builtin_popcount(mask);
+    return _mm_shuffle_epi8(packed, bytes);
+}
+PL_INLINE W2 expand_pairs(const uint16_t *p, uint32_t mask) {
+    const __m128i a = expand8_bf16(p, mask), b = expand8_bf16(p, mask >> 8);
+    const __m128i c = expand8_bf16(p, mask >> 16), d = expand8_bf16(p, mask >> 24);
+    return {_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)};
+}
+PL_INLINE F first_of(W2 w) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(w.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(w.hi, 16))};
+}
+PL_INLINE F second_of(W2 w) {
+    const __m256i mask = _mm256_set1_epi32(0xffff0000);
+    return {_mm256_castsi256_ps(_mm256_and_si256(w.lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(w.hi, mask))};
 }
 PL_INLINE I set1i(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
 PL_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
@@ -127,6 +165,18 @@ struct W4 { __m256i lo, hi; };
 struct X4 { __m256i v; };  // four int16, repeated
 PL_INLINE W4 load_weights(const uint8_t *p) {
     return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
+}
+PL_INLINE __m128i expand16_weights(const uint8_t *&p, uint16_t mask) {
+    const int low = __builtin_popcount(mask & 0xff);
+    const __m128i packed = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *)p), _mm_loadl_epi64((const __m128i *)(p + low)));
+    const __m128i from = _mm_add_epi8(_mm_unpacklo_epi64(sources(mask), sources(mask >> 8)), _mm_set_epi64x(0x0808080808080808, 0));
+    p += __builtin_popcount(mask);
+    return _mm_or_si128(_mm_shuffle_epi8(packed, from), _mm_and_si128(from, _mm_set1_epi8(-128)));
+}
+PL_INLINE W4 expand_weights(const uint8_t *p, uint64_t mask) {
+    const __m128i a = expand16_weights(p, mask), b = expand16_weights(p, mask >> 16);
+    const __m128i c = expand16_weights(p, mask >> 32), d = expand16_weights(p, mask >> 48);
+    return {_mm256_set_m128i(b, a), _mm256_set_m128i(d, c)};
 }
 PL_INLINE X4 load_inputs(const int8_t *p) {
     int32_t x;
@@ -173,8 +223,25 @@ PL_INLINE void store_bf16(uint16_t *p, F a) {
         p[i] = (uint16_t)((x + ((x >> 16) & 1) + 0x7fff) >> 16);
     }
 }
-PL_INLINE F even_bf16(const uint16_t *p) { F r; PL_EACH r.v[i] = widen_bf16(p[2 * i]); return r; }
-PL_INLINE F odd_bf16(const uint16_t *p) { F r; PL_EACH r.v[i] = widen_bf16(p[2 * i + 1]); return r; }
+template <typename T, typename Mask>
+PL_INLINE void expand_into(T *to, const T *p, Mask mask) {
+    for (int i = 0; mask; i++, mask >>= 1)
+        if (mask & 1) to[i] = *p++;
+}
+PL_INLINE F expand_fp32(const float *p, uint16_t mask) {
+    F r{};
+    expand_into(r.v, p, mask);
+    return r;
+}
+struct W2 { uint16_t v[32]; };
+PL_INLINE W2 load_pairs(const uint16_t *p) { W2 r; std::memcpy(r.v, p, sizeof r.v); return r; }
+PL_INLINE W2 expand_pairs(const uint16_t *p, uint32_t mask) {
+    W2 r{};
+    expand_into(r.v, p, mask);
+    return r;
+}
+PL_INLINE F first_of(W2 w) { F r; PL_EACH r.v[i] = widen_bf16(w.v[2 * i]); return r; }
+PL_INLINE F second_of(W2 w) { F r; PL_EACH r.v[i] = widen_bf16(w.v[2 * i + 1]); return r; }
 PL_INLINE I set1i(int32_t x) { I r; PL_EACH r.v[i] = x; return r; }
 PL_INLINE F to_float(I a) { F r; PL_EACH r.v[i] = (float)a.v[i]; return r; }
 PL_INLINE I round_int(F a) { I r; PL_EACH r.v[i] = (int32_t)std::lrintf(a.v[i]); return r; }
@@ -187,12 +254,18 @@ PL_INLINE F pow2(I n) {
     }
     return r;
 }
-struct W4 { const uint8_t *p; };
+struct W4 { uint8_t v[64]; };
 struct X4 { const int8_t *p; };
-PL_INLINE W4 load_weights(const uint8_t *p) { return {p}; }
+PL_INLINE W4 load_weights(const uint8_t *p) { W4 r; std::memcpy(r.v, p, sizeof r.v); return r; }
+PL_INLINE W4 expand_weights(const uint8_t *p, uint64_t mask) {
+    W4 r;
+    std::memset(r.v, 128, sizeof r.v);
+    expand_into(r.v, p, mask);
+    return r;
+}
 PL_INLINE X4 load_inputs(const int8_t *p) { return {p}; }
 PL_INLINE I dot4(I acc, W4 w, X4 x) {
-    PL_EACH for (int k = 0; k < 4; k++) acc.v[i] += w.p[4 * i + k] * x.p[k];
+    PL_EACH for (int k = 0; k < 4; k++) acc.v[i] += w.v[4 * i + k] * x.p[k];
     return acc;
 }
 PL_INLINE void prefetch(const void *) {}
