@@ -11,6 +11,7 @@ import ctypes
 import importlib.machinery
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +72,7 @@ def library() -> ctypes.CDLL:
     lib.pl_pool_create.argtypes = [I32]
     lib.pl_pool_destroy.argtypes = [PTR]
     lib.pl_pack.argtypes = [I32, PTR, I32, I32, PTR, PTR, PTR]
-    lib.pl_linear_forward.argtypes = [PTR, PTR, I32, PTR, PTR, I32]
+    lib.pl_linears_forward.argtypes = [PTR, I32, PTR, I32, I32, PTR, PTR, I32]
     lib.pl_forward.argtypes = [PTR, PTR, PTR, I32]
     lib.pl_draft_blocks.argtypes = [PTR, PTR, PTR, PTR, I32]
     lib.pl_read_states.argtypes = [PTR, PTR, PTR]
@@ -166,12 +167,26 @@ class Pool:
         """y = x W^T + bias: fp32 [rows, in] -> [rows, out]; int8 quantizes x in groups of 64."""
         x = x.float().contiguous()
         y = torch.empty(len(x), layer.out_features)
-        struct = linear_struct(layer)
-        status = self._library.pl_linear_forward(
-            ctypes.addressof(struct), x.data_ptr(), len(x), y.data_ptr(), self.handle, self.isa_code
+        self.linears(linear_structs([layer]), x, y)
+        return y
+
+    def linears(self, layers: "ctypes.Array[LinearStruct]", x: Tensor, y: Tensor) -> None:
+        """Layers one after another, as a forward has them, for benches; the last one's result stays.
+
+        Args:
+            x: fp32 [rows, width]; each layer reads its first columns.
+            y: fp32 with room for rows x the widest output.
+        """
+        status = self._library.pl_linears_forward(
+            ctypes.addressof(layers),
+            len(layers),
+            x.data_ptr(),
+            *x.shape,
+            y.data_ptr(),
+            self.handle,
+            self.isa_code,
         )
         check(status)
-        return y
 
     def argmax(self, x: Tensor) -> Tensor:
         """Index of each row's greatest value, the lowest among equals: fp32 [rows, n] -> int32 [rows]."""
@@ -221,6 +236,11 @@ def linear_struct(layer: PackedLinear) -> LinearStruct:
         pointer(layer.scale),
         pointer(layer.bias),
     )
+
+
+def linear_structs(layers: Sequence[PackedLinear]) -> "ctypes.Array[LinearStruct]":
+    """Several layers side by side, as C sees them."""
+    return (LinearStruct * len(layers))(*map(linear_struct, layers))
 
 
 def check(status: Any) -> None:

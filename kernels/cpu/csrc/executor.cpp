@@ -31,6 +31,15 @@ int tiles_per_claim(const pl_linear &l, int threads) {
     return best;
 }
 
+// The first claim that a thread will make of a layer, if it is one of the first two threads.
+Lookahead first_claim(const pl_linear &l, int thread, int threads) {
+    const int tiles = num_tiles(l), claim = std::min(tiles, tiles_per_claim(l, threads));
+    const auto *data = (const uint8_t *)l.data;
+    if (thread == 0) return {data, data + tile_start(l, claim)};
+    if (thread == 1) return {data + tile_start(l, tiles - claim), data + weight_bytes(l)};
+    return {};
+}
+
 // The engine thread makes all forwards, so one workspace per thread is one workspace.
 thread_local Workspace workspace;
 
@@ -170,13 +179,8 @@ private:
         t.worker.each_item(rows, body, &t.ahead);
     }
 
-    // The first claim that this thread will make of `next`, if it is one of the first two threads.
     void look_ahead(Thread &t, const pl_linear &next) const {
-        const int tiles = num_tiles(next), claim = std::min(tiles, tiles_per_claim(next, pool_.threads()));
-        const auto *data = (const uint8_t *)next.data;
-        t.ahead = {};
-        if (t.worker.thread() == 0) t.ahead = {data, data + tile_start(next, claim)};
-        if (t.worker.thread() == 1) t.ahead = {data + tile_start(next, tiles - claim), data + weight_bytes(next)};
+        t.ahead = first_claim(next, t.worker.thread(), pool_.threads());
     }
 
     void prepare(const float *x, const float *weight, const pl_linear &next, int row) {
@@ -301,17 +305,24 @@ void pl_read_states(const pl_model *m, const pl_batch *b, float *out) {
     }
 }
 
-int32_t pl_linear_forward(const pl_linear *l, const float *x, int32_t rows, float *y, pl_pool *pool, int32_t isa) {
+int32_t pl_linears_forward(const pl_linear *linears, int32_t count, const float *x, int32_t rows, int32_t width, float *y,
+                           pl_pool *pool, int32_t isa) {
     const KernelTable *kernels = kernels_for(isa);
     if (!kernels) return -2;
     try {
-        const Inputs inputs(workspace, rows, l->in_padded);
-        const Output out{Output::kStore, y, l->out};
+        int widest = 0;
+        for (int i = 0; i < count; i++) widest = std::max(widest, linears[i].in_padded);
+        const Inputs inputs(workspace, rows, widest);
         pool->run([&](Worker &worker) {
-            worker.each_item(rows, [&](int row) {
-                kernels->prepare_row(x + (int64_t)row * l->in, nullptr, 0.0f, *l, inputs.row(*l, row));
-            });
-            linear_phase(worker, *kernels, *l, inputs.all(), out, rows, pool->threads());
+            for (int i = 0; i < count; i++) {
+                const pl_linear &l = linears[i];
+                Lookahead ahead = first_claim(l, worker.thread(), pool->threads());
+                worker.each_item(rows, [&](int row) {
+                    kernels->prepare_row(x + (int64_t)row * width, nullptr, 0.0f, l, inputs.row(l, row));
+                }, &ahead);
+                ahead = first_claim(linears[(i + 1) % count], worker.thread(), pool->threads());
+                linear_phase(worker, *kernels, l, inputs.all(), {Output::kStore, y, l.out}, rows, pool->threads(), &ahead);
+            }
         });
     } catch (const std::bad_alloc &) {
         return -1;

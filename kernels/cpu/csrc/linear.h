@@ -116,8 +116,9 @@ PL_INLINE void sums_fp32(const pl_linear &l, const Input &x, int tile, int row, 
 
 template <int R, int T>
 PL_INLINE void sums_any(const pl_linear &l, const Input &x, int tile, int next, int row, F (&sum)[R][T]) {
-    if (l.tile_starts) sums_sparse<R, T>(l, x, tile, row, sum);
-    else if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, next, row, sum);
+    if constexpr (R == 1)
+        if (l.tile_starts) return sums_sparse<T>(l, x, tile, row, sum);
+    if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, next, row, sum);
     else if (l.format == PL_BF16) sums_bf16<R, T>(l, x, tile, row, sum);
     else sums_fp32<R, T>(l, x, tile, row, sum);
 }
@@ -168,7 +169,7 @@ PL_INLINE void runs_of_tiles(const pl_linear &l, const Input &x, const Output &o
 static void linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end, int next) {
     const int pair = out.mode == Output::kGated ? 2 : 1;
     int tile = begin;
-    if (rows <= kFewRows) {
+    if (rows <= kFewRows && !l.tile_starts) {  // sparse tiles come one by one
         runs_of_tiles<kFewTiles, kFewRows>(l, x, out, rows, kFewTiles, tile, end, next);
         runs_of_tiles<2, kFewRows>(l, x, out, rows, 2, tile, end, next);
     }

@@ -145,8 +145,10 @@ PL_API int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, con
 // first_row, count, start and the tables count; a start may be -1: zeros stand before the first position.
 PL_API void pl_read_states(const pl_model *model, const pl_batch *batch, float *out);
 
-// One linear on its own, for tests and benches: x fp32 [rows][in] -> y fp32 [rows][out].
-PL_API int32_t pl_linear_forward(const pl_linear *linear, const float *x, int32_t rows, float *y, pl_pool *pool, int32_t isa);
+// Linears on their own, one after another as a forward has them, for tests and benches. Each reads the first `in` of
+// x fp32 [rows][width] and writes y fp32 [rows][out], which needs room for the widest.
+PL_API int32_t pl_linears_forward(const pl_linear *linears, int32_t count, const float *x, int32_t rows, int32_t width,
+                                  float *y, pl_pool *pool, int32_t isa);
 
 // Packing, once at load: w fp32 [out][in] -> data (sized by pl_packed_bytes); for int8 also scale.
 // Rows of gate and up come interleaved tile by tile from the caller.

@@ -74,6 +74,12 @@ PL_INLINE I dot4(I acc, W4 w, X4 x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
     return acc;
 }
+// The same with inputs that are used once: repeated by the instruction itself, which spares a wide load (Zen 4: a
+// fifth off five rows of a sparse layer).
+PL_INLINE I dot4(I acc, W4 w, const int8_t *inputs) {
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t *)inputs));
+    return acc;
+}
 PL_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif defined(PL_USE_AVX2)
@@ -191,6 +197,7 @@ PL_INLINE __m256i dot4_half(__m256i w, __m256i x) {
 PL_INLINE I dot4(I acc, W4 w, X4 x) {
     return {_mm256_add_epi32(acc.lo, dot4_half(w.lo, x.v)), _mm256_add_epi32(acc.hi, dot4_half(w.hi, x.v))};
 }
+PL_INLINE I dot4(I acc, W4 w, const int8_t *inputs) { return dot4(acc, w, load_inputs(inputs)); }
 PL_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #else
@@ -268,6 +275,7 @@ PL_INLINE I dot4(I acc, W4 w, X4 x) {
     PL_EACH for (int k = 0; k < 4; k++) acc.v[i] += w.v[4 * i + k] * x.p[k];
     return acc;
 }
+PL_INLINE I dot4(I acc, W4 w, const int8_t *inputs) { return dot4(acc, w, load_inputs(inputs)); }
 PL_INLINE void prefetch(const void *) {}
 #undef PL_EACH
 
