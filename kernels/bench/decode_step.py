@@ -6,14 +6,9 @@ Weights are random in the shapes of real models. Exit codes: 0 done, 1 a check f
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,24 +18,19 @@ import torch
 
 from paceline.kernels import reference
 from paceline.kernels.bench.ceiling import Reader
+from paceline.kernels.bench.record import RESULTS, CheckFailedError, described, say, store, times_ms
 from paceline.kernels.bench.shapes import SHAPES, executor, random_plan
 from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import KernelsMissing, Pool
 from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import Format
 
-#: Committed results; used if the bench is run from a checkout.
-RESULTS = Path("kernels/bench/results")
 CONTEXT_TOKENS = 100
 PREFILL_TOKENS = 1000
 PREFILL_CHUNK = 512
 _BLOCKS_EACH = 64
 #: fp32 sums in another order than the reference's, over up to 8,960 inputs.
 _TOLERANCE = 2e-4
-
-
-class CheckFailedError(AssertionError):
-    """The kernels computed something else than they should have; nothing is timed then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +128,8 @@ def time_cases(model: Executor, reader: Reader, rounds: int) -> dict[str, float]
     for _ in range(rounds):
         reader.read(repeats=3)
         for case in CASES:
-            times[case.name] += _times_ms(partial(run_case, model, case), 1 if case.prefill else 5)
+            times[case.name] += times_ms(partial(run_case, model, case), 1 if case.prefill else 5)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _times_ms(step: Callable[[], None], count: int) -> list[float]:
-    found = []
-    for _ in range(count):
-        started_s = time.perf_counter()
-        step()
-        found.append((time.perf_counter() - started_s) * 1e3)
-    return found
 
 
 def measure(name: str, format: Format, pool: Pool, rounds: int) -> dict[str, Any]:
@@ -161,17 +142,17 @@ def measure(name: str, format: Format, pool: Pool, rounds: int) -> dict[str, Any
     size = plan.bytes_per_forward
     reader = Reader(pool, size)
     reader.read(repeats=7)
-    _say(f"{name} {format}: {size / 1e6:.0f} MB per forward at {reader.bytes_per_s / 1e9:.1f} GB/s")
-    _say(f"  {'ceiling':12} {size / reader.bytes_per_s * 1e3:9.2f} ms")
+    say(f"{name} {format}: {size / 1e6:.0f} MB per forward at {reader.bytes_per_s / 1e9:.1f} GB/s")
+    say(f"  {'ceiling':12} {size / reader.bytes_per_s * 1e3:9.2f} ms")
     model = executor(plan, pool, blocks=16 * _BLOCKS_EACH)
     error, rows = check_linears(plan, pool), check_rows(model)
-    _say(f"  checked: linears within {error:.1e} of the reference; {rows} rows bit for bit as alone")
+    say(f"  checked: linears within {error:.1e} of the reference; {rows} rows bit for bit as alone")
     times = time_cases(model, reader, rounds)
     ceiling_ms = size / reader.bytes_per_s * 1e3
-    _say(f"  {'ceiling':12} {ceiling_ms:9.2f} ms, the best of all rounds")
+    say(f"  {'ceiling':12} {ceiling_ms:9.2f} ms, the best of all rounds")
     steps = [_step(case, times[case.name], ceiling_ms) for case in CASES]
     verify = times["verify 1x5"] / times["decode 1x1"]
-    _say(f"  five rows cost {verify:.2f} times one row")
+    say(f"  five rows cost {verify:.2f} times one row")
     return {
         "model": name,
         "format": format,
@@ -189,7 +170,7 @@ def _step(case: Case, ms: float, ceiling_ms: float) -> dict[str, Any]:
     share = None if case.prefill else round(ceiling_ms / ms, 3)
     shown = "" if share is None else f"   {share:4.0%} of the ceiling"
     tok_s = case.tokens / ms * 1e3
-    _say(f"  {case.name:12} {ms:9.2f} ms {tok_s:9.0f} tok/s{shown}")
+    say(f"  {case.name:12} {ms:9.2f} ms {tok_s:9.0f} tok/s{shown}")
     return {
         "case": case.name,
         "tokens": case.tokens,
@@ -197,19 +178,6 @@ def _step(case: Case, ms: float, ceiling_ms: float) -> dict[str, Any]:
         "tok_s": round(tok_s, 1),
         "share_of_ceiling": share,
     }
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def cpu_model() -> str:
-    """The processor's own name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
@@ -223,15 +191,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _store(record: dict[str, Any], out: Path | None, quick: bool) -> None:
-    """Write the record where it was asked for, else into the checkout's results, if this is one."""
-    if out is None and not RESULTS.is_dir():
-        return
-    path = out or RESULTS / f"{record['date']}-decode-step{'-quick' if quick else ''}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _say(f"stored in {path}")
-
-
 def main(argv: list[str]) -> int:
     """Run the bench; returns the exit code."""
     chosen = _arguments(argv)
@@ -243,21 +202,7 @@ def main(argv: list[str]) -> int:
     except (CheckFailedError, KernelsMissing, OSError) as error:
         sys.stderr.write(f"decode_step: {error}\n")
         return 1
-    record = {
-        "bench": "decode_step",
-        "date": datetime.date.today().isoformat(),
-        "rounds": rounds,
-        "machine": {
-            "cpu": cpu_model(),
-            "cores": os.cpu_count(),
-            "threads": chosen.threads,
-            "isa": pool.isa,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "models": models,
-    }
-    _store(record, chosen.out, chosen.quick)
-    _say(json.dumps(record))
+    store(described("decode_step", pool, rounds, models=models), chosen.out, chosen.quick)
     return 0
 
 
