@@ -14,6 +14,9 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias, self.scale = weight, bias, scale
+        parts = (weight, bias, scale)
+        #: What one forward reads.
+        self.num_bytes = sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     @classmethod
     def from_weight(cls, weight: SparseWeight, bias: Tensor | None = None) -> "SparseLinear":
