@@ -24,6 +24,7 @@ from paceline.server.models.config import (
     HEAD,
     NATIVE_ARCHITECTURE,
     ModelConfig,
+    architectures,
     parse_model_config,
 )
 from paceline.server.models.manifest import MANIFEST, Manifest, check_base_weights, read_manifest
@@ -69,7 +70,7 @@ class _Place:
 def is_native_form(path: Path) -> bool:
     """Whether a folder is an artifact in native form."""
     config = path / "config.json"
-    return config.is_file() and NATIVE_ARCHITECTURE in (read_json(config).get("architectures") or ())
+    return config.is_file() and NATIVE_ARCHITECTURE in architectures(read_json(config), str(config))
 
 
 def open_model(path: Path, target: Checkpoint | None = None) -> Checkpoint:
