@@ -1,11 +1,11 @@
 """Whatever stands in a sparse artifact, loading it gives an error of one line or the weights that its bytes say.
 
 Tiny sparse artifacts are damaged at random: the header of the weights file as JSON and as bytes, masks, offsets, scales
-and values, whole tensors with their types and shapes, cut and lengthened files, ``config.json``, ``paceline.json``. Each
-goes through checkpoint, plan and a forward of the CPU kernels, or through the torch modules. What loads is compared with
-an independent reading of the file. ``make fuzz`` runs 20,000 cases, the ordinary suite a twentieth, always the same;
-``PACELINE_CAMPAIGN=full make sanitize`` runs all of them under AddressSanitizer and UBSan. A case is reproduced by its
-number; after a crash the artifact is still in the test's folder.
+and values, whole tensors with their types and shapes, cut and lengthened files, ``config.json``, ``paceline.json``.
+Each goes through checkpoint, plan and a forward of the CPU kernels, or through the torch modules. What loads is
+compared with an independent reading of the file. ``make fuzz`` runs 20,000 cases, the ordinary suite a twentieth,
+always the same; ``PACELINE_CAMPAIGN=full make sanitize`` runs all of them under AddressSanitizer and UBSan. A case is
+reproduced by its number; after a crash the artifact is still in the test's folder.
 """
 
 import json
