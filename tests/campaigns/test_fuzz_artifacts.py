@@ -291,6 +291,7 @@ DAMAGES: tuple[Callable[[Files, random.Random], None], ...] = (
     damage_tensors,
     damage_tensors,
     damage_json,
+    damage_json,
 )
 
 
