@@ -1,4 +1,4 @@
-"""Random sparse weights for benches: decoders whose blocks are sparse, and single linears in the shapes of real models."""
+"""Random sparse weights for benches: decoders with sparse blocks, and single linears in the shapes of real models."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,40 +1,43 @@
 """Artifacts in Paceline's native form, read as Hugging Face checkpoints.
 
 Such a folder may take tensors from its target, propose a part of the vocabulary only and hold int8 weights
-(``X.weight`` int8 [out, in] with ``X.weight_scale`` fp32 [out]); ``paceline.json`` says which. Owns where each tensor
-comes from and whether the folder is consistent. Dense only. What is done with the tensors is the loader's business.
+(``X.weight`` int8 [out, in] with ``X.weight_scale`` fp32 [out]) or sparse ones (``sparse_form``); ``paceline.json``
+says which. Owns where each tensor comes from and whether the folder is consistent. What is done with the tensors is
+the loader's business.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from paceline.server.errors import ArtifactError, UnsupportedModelError
+from paceline.kernels.formats import SparseWeight
+from paceline.server.errors import ArtifactError
 from paceline.server.models.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint, read_json
-from paceline.server.models.config import EMBEDDING, HEAD, NATIVE_ARCHITECTURE
-from paceline.server.models.manifest import MANIFEST, Manifest, check_base_weights, read_manifest
+from paceline.server.models.config import (
+    EMBEDDING,
+    HEAD,
+    NATIVE_ARCHITECTURE,
+    ModelConfig,
+    architectures,
+    parse_model_config,
+)
+from paceline.server.models.manifest import MANIFEST, check_base_weights
+from paceline.server.models.native_checks import Int8Rows, base_config, native_manifest, read_vocab, short
+from paceline.server.models.sparse_form import (
+    SCALE,
+    SparseForm,
+    part_names,
+    sparse_names,
+    take_quantization,
+)
 
-BASE_ARCHITECTURE = "base_architecture"
-SCALE = "_scale"
-FORMATS = ("fp32", "bf16", "int8")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Rows:
-    """A quantized matrix as stored: int8 [out, in] in [-127, 127] and fp32 [out]."""
-
-    values: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """fp32 [out, in]."""
-        return self.values.float() * self.scale[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class _Place:
 def is_native_form(path: Path) -> bool:
     """Whether a folder is an artifact in native form."""
     config = path / "config.json"
-    return config.is_file() and NATIVE_ARCHITECTURE in (read_json(config).get("architectures") or ())
+    return config.is_file() and NATIVE_ARCHITECTURE in architectures(read_json(config), str(config))
 
 
 def open_model(path: Path, target: Checkpoint | None = None) -> Checkpoint:
@@ -75,6 +78,11 @@ def stored_int8(checkpoint: Checkpoint, name: str) -> Int8Rows | None:
     return checkpoint.int8(name) if isinstance(checkpoint, NativeCheckpoint) else None
 
 
+def stored_sparse(checkpoint: Checkpoint, name: str) -> SparseWeight | None:
+    """A linear as an artifact stores it, if that is sparse."""
+    return checkpoint.sparse(name) if isinstance(checkpoint, NativeCheckpoint) else None
+
+
 def draft_vocab(checkpoint: Checkpoint) -> Tensor | None:
     """The ids that an artifact's head has rows for, ascending, int32 [k]; None for all."""
     return checkpoint.draft_vocab if isinstance(checkpoint, NativeCheckpoint) else None
@@ -87,16 +95,21 @@ class NativeCheckpoint:
 
     Attributes:
         hf_config: of the architecture it is made of, as a plain checkpoint would have it.
+        sparse_form: how its sparse linears are stored; None if it has none.
         draft_vocab: the ids that the head has rows for, ascending, int32 [k]; None for all.
     """
 
     def __init__(self, folder: Path, target: Checkpoint | None = None) -> None:
         self.path = folder
         self._stored, self._target = SafetensorsCheckpoint(folder), target
-        self.hf_config: dict[str, Any] = _base_config(self._stored.hf_config, folder)
-        self.manifest = _manifest(folder)
+        self.manifest = native_manifest(folder)
+        self.sparse_form = SparseForm.parse(self.manifest.weights, f"{folder / MANIFEST}: weights")
+        where = str(folder / "config.json")
+        config = take_quantization(self._stored.hf_config, self.sparse_form, where)
+        self.hf_config: dict[str, Any] = base_config(config, folder)
         self._stored_names = frozenset(self._stored.tensor_names())
-        self.draft_vocab = self._read_vocab()
+        self._sparse_names = sparse_names(self._stored_names)
+        self.draft_vocab = read_vocab(self._stored, self.manifest.draft_vocab, self.hf_config)
         self._check_consistent()
         if target is not None and self.manifest.shared_with_target:
             self._check_target(target)
@@ -108,29 +121,36 @@ class NativeCheckpoint:
 
     @property
     def in_int8(self) -> bool:
-        """Whether its weights are stored in int8."""
+        """Whether its weights, or the values of its sparse ones, are stored in int8."""
+        if self.sparse_form is not None:
+            return self.sparse_form.in_int8
         return bool(self.manifest.weights["format"] == "int8")
 
     def tensor_names(self) -> list[str]:
-        """See ``Checkpoint.tensor_names``: stored and shared ones, without scales and the list of ids."""
+        """See ``Checkpoint.tensor_names``: stored and shared ones, without scales and the list of ids; sparse linears
+        by the names that they would have if they were dense."""
         scales = {name + SCALE for name in self._stored_names}
-        names = self._stored_names - scales - {self.manifest.draft_vocab}
+        names = self._stored_names - scales - part_names(self._sparse_names) - {self.manifest.draft_vocab}
+        names |= self._sparse_names
         names |= set(self.manifest.shared_with_target)
         return sorted(names | {HEAD} if self.draft_vocab is not None else names)
 
     def tensor(self, name: str) -> Tensor:
-        """See ``Checkpoint.tensor``; int8 comes dequantized.
+        """See ``Checkpoint.tensor``; int8 comes dequantized, what is sparse with its zeros.
 
         Raises:
             ArtifactError: there is no such tensor, or it is not of the type and rows that it must be of.
         """
+        sparse = self.sparse(name)
+        if sparse is not None:
+            return sparse.to_dense() if self.in_int8 else sparse.stored()
         rows = self.int8(name)
         if rows is not None:
             return rows.dequantize()
         place = self._place(name)
         tensor = place.read(place.name)
         if tensor.dtype not in _FLOATS:
-            raise ArtifactError(f"{self.path}: {name} is {_short(tensor)} and has no {name}{SCALE}")
+            raise ArtifactError(f"{self.path}: {name} is {short(tensor)} and has no {name}{SCALE}")
         self._check_head_rows(name, tensor)
         return tensor
 
@@ -147,8 +167,19 @@ class NativeCheckpoint:
             return None
         values, scale = place.read(place.name), place.read(place.name + SCALE)
         self._check_head_rows(name, values)
-        self._check_int8(name, values, scale)
-        return Int8Rows(values, scale)
+        return Int8Rows.checked(values, scale, f"{self.path}: {name}")
+
+    def sparse(self, name: str) -> SparseWeight | None:
+        """A linear that is stored sparse; None for all other tensors.
+
+        Raises:
+            ArtifactError: its parts contradict each other, or it is not of this model.
+        """
+        if self.sparse_form is None or name not in self._sparse_names:
+            return None
+        if name not in self._shapes.tensor_names():
+            raise ArtifactError(f"{self.path}: tensor {name} is not of this model")
+        return self.sparse_form.read(self._stored, name, self._shapes.tensor_shape(name)[1])
 
     def weights_sha256(self) -> str:
         """See ``Checkpoint.weights_sha256``; covers what is shared and the list's name where there are such."""
@@ -158,6 +189,11 @@ class NativeCheckpoint:
         target = self._target.weights_sha256() if self._target is not None else ""
         lines = [own, target, str(self.manifest.draft_vocab), *self.manifest.shared_with_target]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def _shapes(self) -> ModelConfig:
+        """Parsed when a sparse linear is read: its number of inputs is stored nowhere else."""
+        return parse_model_config(self.hf_config, where=str(self.path))
 
     def _place(self, name: str) -> _Place:
         if name == HEAD and self.draft_vocab is not None and self.hf_config.get("tie_word_embeddings"):
@@ -173,24 +209,6 @@ class NativeCheckpoint:
         rows = self.draft_vocab.long() if name == HEAD and self.draft_vocab is not None else None
         return _Place(self._target, _name_in(self._target, name), rows)
 
-    def _read_vocab(self) -> Tensor | None:
-        name = self.manifest.draft_vocab
-        if name is None:
-            return None
-        if name not in self._stored_names:
-            raise ArtifactError(f"{self.path} has no tensor {name}, which {MANIFEST} names as draft_vocab")
-        ids, size = self._stored.tensor(name), int(self.hf_config.get("vocab_size", 0))
-        if ids.dtype is not torch.int32 or ids.dim() != 1 or not len(ids):
-            raise ArtifactError(f"{self.path}: {name} must be int32 [k], but is {_short(ids)}")
-        if not (ids[1:] > ids[:-1]).all():
-            raise ArtifactError(f"{self.path}: {name} must hold ascending ids, each once")
-        if ids[0] < 0 or ids[-1] >= size:
-            raise ArtifactError(
-                f"{self.path}: {name} holds ids from {int(ids[0])} to {int(ids[-1])}, "
-                f"but the vocabulary is 0 to {size - 1}"
-            )
-        return ids
-
     def _check_consistent(self) -> None:
         problem = next(self._problems(), None)
         if problem is not None:
@@ -200,14 +218,24 @@ class NativeCheckpoint:
         """What contradicts what, as far as it shows without reading weights."""
         shared = self.manifest.shared_with_target
         for name in shared:
-            if name in self._stored_names:
+            if name in self._stored_names | self._sparse_names:
                 yield f"{name} is stored, but {MANIFEST} lists it in shared_with_target"
         if self.hf_config.get("tie_word_embeddings") and (HEAD in shared or HEAD in self._stored_names):
             yield f"{HEAD} is there, but config.json says tie_word_embeddings; set that to false"
-        scaled = any(name + SCALE in self._stored_names for name in self._stored_names)
+        yield from self._sparse_problems()
+        matrices = self._stored_names | self._sparse_names
+        scaled = any(name + SCALE in self._stored_names for name in matrices)
         if scaled != self.in_int8:
             found = "there are" if scaled else "there are no"
-            yield f"{MANIFEST} says weights.format {self.manifest.weights['format']}, but {found} int8 weights"
+            said = self.sparse_form or f"weights.format {self.manifest.weights['format']}"
+            yield f"{MANIFEST} says {said}, but {found} int8 weights"
+
+    def _sparse_problems(self) -> Iterator[str]:
+        if self.sparse_form is not None:
+            yield from self.sparse_form.problems(self._stored_names)
+        elif self._sparse_names:
+            name = min(self._sparse_names)
+            yield f"{MANIFEST} says weights.format {self.manifest.weights['format']}, but {name} is sparse"
 
     def _check_target(self, target: Checkpoint) -> None:
         sha256 = target.weights_sha256()
@@ -221,16 +249,6 @@ class NativeCheckpoint:
                 f"{self.path} shares tensors with its target, but has hidden_size "
                 f"{self.hf_config.get('hidden_size')} and the target {theirs}: it needs tensors of its own"
             )
-
-    def _check_int8(self, name: str, values: Tensor, scale: Tensor) -> None:
-        fits = values.dtype is torch.int8 and values.dim() == 2 and scale.dtype is torch.float32
-        if not fits or scale.shape != values.shape[:1]:
-            raise ArtifactError(
-                f"{self.path}: {name} and its scales must be int8 [out, in] and fp32 [out], "
-                f"but are {_short(values)} and {_short(scale)}"
-            )
-        if (values == -128).any():
-            raise ArtifactError(f"{self.path}: {name} holds -128; int8 weights are in [-127, 127]")
 
     def _check_head_rows(self, name: str, tensor: Tensor) -> None:
         if name == HEAD and self.draft_vocab is not None and len(tensor) != len(self.draft_vocab):
@@ -247,30 +265,3 @@ def head_name(checkpoint: Checkpoint) -> str:
 
 def _name_in(target: Checkpoint, name: str) -> str:
     return head_name(target) if name == HEAD else name
-
-
-def _base_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    base = config.get(BASE_ARCHITECTURE)
-    expected = f"{config.get('model_type')}ForCausalLM"
-    if not isinstance(base, str) or base.lower() != expected.lower():
-        raise ArtifactError(
-            f"{folder / 'config.json'}: {BASE_ARCHITECTURE} must name the architecture of model_type "
-            f"{config.get('model_type')!r}, but is {base!r}"
-        )
-    plain = {key: value for key, value in config.items() if key != BASE_ARCHITECTURE}
-    return plain | {"architectures": [base]}
-
-
-def _manifest(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ArtifactError(f"{folder} is in native form, but has no {MANIFEST}")
-    if manifest.weights["format"] not in FORMATS:
-        raise UnsupportedModelError(
-            f"{folder} holds {manifest.weights['format']} weights; this version loads {', '.join(FORMATS)}"
-        )
-    return manifest
-
-
-def _short(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
