@@ -9,7 +9,8 @@ from scipy import stats
 
 from paceline.kernels.cpu.library import ISAS, Isa, usable_isas
 from paceline.kernels.cpu.library import gumbel as native_gumbel
-from paceline.server.decoding.noise import gumbel, streams
+from paceline.kernels.noise import streams
+from paceline.server.decoding.noise import gumbel
 
 torch.set_num_threads(1)
 
