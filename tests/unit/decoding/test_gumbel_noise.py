@@ -78,7 +78,7 @@ def test_values_are_pinned() -> None:
 def test_has_fine_tails(monkeypatch: pytest.MonkeyPatch) -> None:
     # The extreme words of the mixer: the smallest and largest uniforms stay strictly inside (0, 1).
     words = torch.tensor([[0, -1, 2**63 - 1, -(2**63)]])
-    monkeypatch.setattr("paceline.server.decoding.noise._mix_", lambda mixed, _: mixed.copy_(words))
+    monkeypatch.setattr("paceline.kernels.noise._mix_", lambda mixed, _: mixed.copy_(words))
     values = streams(torch.zeros(1, dtype=torch.int64), 4)[0]
     lowest, highest = -np.log(53 * np.log(2)), 53 * np.log(2)
     assert values[0].item() == pytest.approx(lowest, rel=1e-6)
