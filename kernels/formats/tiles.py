@@ -167,13 +167,15 @@ def pack_tiles(weight: SparseWeight, tile: TileShape | None = None) -> SparseTil
     if int(lengths.sum()) * unit >= 1 << 31:
         raise FormatError(f"{weight.nnz} values are more than a weight in tiles can have")
     across = width // tile.columns
+    # A weight of zeros alone still has something to point at.
+    stored = torch.cat(values) if int(lengths.sum()) else weight.values.new_zeros(unit)
     return SparseTiles(
         weight.pattern,
         weight.out_features,
         weight.in_features,
         tile,
         torch.cat(masks).view(-1, across, tile.rows * tile.columns // WORD),
-        torch.cat(values),
+        stored,
         None if starts is None else starts.to(torch.int32),
         weight.scale,
         max(1, int(lengths.max())) * unit,

@@ -99,7 +99,8 @@ def _sparse(label: str, dtype: str, longest: int, per_word: int) -> Iterator[Var
     pointers, constants = _tile(dtype, longest, per_word)
     x = _POINTER[_ACTIVATIONS[dtype]]
     ends = dict.fromkeys(("out_features", "in_features", "column_tiles"), "i32")
-    yield Variant(label, expand.expand_kernel, {"out": x, **pointers, **ends}, constants)
+    if dtype in ("bf16", "int8"):
+        yield Variant(label, expand.expand_kernel, {"out": x, **pointers, **ends}, constants)
     own = {"x": x, "out": x, **pointers, "bias": x, **ends, "tiles_per_split": "i32"}
     flags = {"HAS_BIAS": False, "IS_PARTIAL": False}
     launch = find("cuda", "*", "*").gemv
@@ -115,7 +116,8 @@ def _gemm(label: str, dtype: str, longest: int, per_word: int, *, block: int) ->
     own = {"x": x, "out": x, **pointers, "bias": x, **dict.fromkeys(sizes, "i32")}
     flags = {"HAS_BIAS": False, "IS_PARTIAL": False, "IN_FP32": False, "BLOCK": block}
     launch = find("cuda", "*", "*").gemm
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    warps = max(launch.num_warps, sparse_linear.least_warps(block))
+    options = {"num_warps": warps, "num_stages": launch.num_stages}
     return Variant(label, sparse_linear.gemm_kernel, own, {**constants, **flags}, options)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from paceline.kernels.formats import SparseTiles
-from paceline.kernels.gpu.runtime import launch
+from paceline.kernels.gpu.runtime import launch, stored_type
 
 
 @triton.jit
@@ -111,8 +111,9 @@ def tile_constants(tiles: SparseTiles) -> dict[str, int | bool]:
 
 def expand(tiles: SparseTiles, dtype: torch.dtype) -> Tensor:
     """The dense weight [out, in] in ``dtype``."""
-    out = torch.empty(tiles.out_features, tiles.in_features, dtype=dtype, device=tiles.device)
+    kind = stored_type(dtype)
+    out = torch.empty(tiles.out_features, tiles.in_features, dtype=kind, device=tiles.device)
     down, across = tiles.masks.shape[:2]
     shape = (tiles.out_features, tiles.in_features, across)
     launch(expand_kernel, (down * across,), out, *tile_arguments(tiles), *shape, **tile_constants(tiles))
-    return out
+    return out.to(dtype)

@@ -15,6 +15,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import torch
+
 _INTERPRET = "TRITON_INTERPRET"
 _TOO_LATE = (
     "triton was imported before its interpreter was asked for; "
@@ -52,6 +54,14 @@ def interprets() -> bool:
 def how(device: str) -> str:
     """In words what runs the kernels on a device."""
     return "interpreter" if device == "cpu" or interprets() else "compiled for this GPU"
+
+
+def stored_type(dtype: torch.dtype) -> torch.dtype:
+    """Type of a buffer that kernels store ``dtype`` to; it is rounded to ``dtype`` afterwards.
+
+    The interpreter cuts fp32 off to bf16 instead of rounding it, as compiled kernels do: it gets fp32.
+    """
+    return torch.float32 if interprets() and dtype is torch.bfloat16 else dtype
 
 
 def load(module: str, device: str) -> ModuleType:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from paceline.kernels.formats import SparseTiles
 from paceline.kernels.gpu.expand import expand, expand_tile, tile_arguments, tile_constants
-from paceline.kernels.gpu.runtime import interprets, launch
+from paceline.kernels.gpu.runtime import interprets, launch, stored_type
 from paceline.kernels.gpu.table import Plan, plan_for
 
 
@@ -159,7 +159,7 @@ def sparse_linear(x: Tensor, tiles: SparseTiles, bias: Tensor | None, plan: Plan
     if not plan.is_sparse:
         return F.linear(x, expand(tiles, x.dtype), None if bias is None else bias.to(x.dtype))
     x = x.contiguous()
-    out = torch.empty(len(x), tiles.out_features, dtype=x.dtype, device=x.device)
+    out = torch.empty(len(x), tiles.out_features, dtype=stored_type(x.dtype), device=x.device)
     across = tiles.masks.shape[1]
     per_split = triton.cdiv(across, min(plan.splits, across))
     splits = triton.cdiv(across, per_split)
@@ -167,7 +167,7 @@ def sparse_linear(x: Tensor, tiles: SparseTiles, bias: Tensor | None, plan: Plan
     _multiply(x, tiles, bias, target, per_split, splits, plan)
     if splits > 1:
         _add_splits(target, out, tiles, bias)
-    return out
+    return out.to(x.dtype)
 
 
 def _multiply(
@@ -186,9 +186,23 @@ def _multiply(
     if len(x) == 1:
         launch(gemv_kernel, (down, splits), *args, *shape, **constants)
         return
-    block = min(64, max(16, triton.next_power_of_2(len(x))))
-    constants |= {"BLOCK": block, "IN_FP32": needs_fp32(x.dtype, tiles.values.dtype)}
+    block = block_of_rows(len(x))
+    constants |= {
+        "BLOCK": block,
+        "IN_FP32": needs_fp32(x.dtype, tiles.values.dtype),
+        "num_warps": max(plan.num_warps, least_warps(block)),
+    }
     launch(gemm_kernel, (down, splits, triton.cdiv(len(x), block)), *args, *shape, len(x), **constants)
+
+
+def block_of_rows(rows: int) -> int:
+    """Rows of x per program: the matrix units want 16, more than 64 would not fit registers."""
+    return min(64, max(16, int(triton.next_power_of_2(rows))))
+
+
+def least_warps(block: int) -> int:
+    """With 64 rows four warps run out of registers."""
+    return 8 if block > 32 else 4
 
 
 def needs_fp32(x: torch.dtype, values: torch.dtype) -> bool:
