@@ -43,7 +43,7 @@ def combine_kernel(
         weight = tl.load(weights + row * len(members) + i)
         own = tl.load(members[i] + row * strides[i] + ids, mask=inside, other=0.0)
         # A member of weight 0 is left out, also where its logit is minus infinity.
-        total += tl.where(weight == 0.0, 0.0, weight * own)
+        total += weight * tl.where(weight == 0.0, 0.0, own)
     tl.store(logits + row * width + ids, total, mask=inside)
     value, at = tl.max(tl.where(inside, total, float("-inf")), 0, return_indices=True)
     tl.store(best_values + row * chunks + chunk, value)
