@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from paceline.kernels.cpu.int8 import quantize_rows
+from paceline.kernels.formats.cpu_tiles import compress
 from paceline.kernels.formats.packed import (
     INT8_OFFSET,
     LANES,
@@ -14,7 +15,6 @@ from paceline.kernels.formats.packed import (
     padded,
     sparse_padding,
 )
-from paceline.kernels.formats.tiled import compress
 
 _STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int16}
 

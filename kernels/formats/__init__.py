@@ -1,5 +1,6 @@
-"""Weight formats of linear layers: ``packed`` for the CPU kernels, ``sparse`` as artifacts store it."""
+"""Weight formats of linear layers: ``packed`` for CPUs, ``sparse`` as artifacts store it, ``tiles`` for GPUs."""
 
+from paceline.kernels.formats.gpu_tiles import SparseTiles, TileShape, pack_tiles
 from paceline.kernels.formats.packed import (
     FORMATS,
     GROUP,
@@ -28,10 +29,13 @@ __all__ = [
     "FormatError",
     "PackedLinear",
     "Pattern",
+    "SparseTiles",
     "SparseWeight",
+    "TileShape",
     "ValueDtype",
     "interleave_rows",
     "keep_at_least",
+    "pack_tiles",
     "pad_rows",
     "padded",
 ]

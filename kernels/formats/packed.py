@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from paceline.kernels.formats.tiled import VECTORS, expand
+from paceline.kernels.formats.cpu_tiles import VECTORS, expand
 
 Format = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
