@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_kernels import PATTERNS, random_sparse
 
-from paceline.kernels.formats import FormatError, Pattern, SparseWeight, TileShape, pack_tiles, tiles
+from paceline.kernels.formats import FormatError, Pattern, SparseWeight, TileShape, gpu_tiles, pack_tiles
 from paceline.kernels.formats.sparse import VALUE_DTYPES, ValueDtype
 
 SHAPES = [(1, 64), (16, 128), (17, 192), (37, 320)]
@@ -52,7 +52,7 @@ def test_empty_rows_and_nothing_at_all() -> None:
 
 def test_large_weights_are_packed_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {pattern: pack_tiles(random_sparse(70, 192, pattern=pattern)) for pattern in PATTERNS}
-    monkeypatch.setattr(tiles, "_SLAB_WEIGHTS", 192 * 16)
+    monkeypatch.setattr(gpu_tiles, "_SLAB_WEIGHTS", 192 * 16)
     for pattern, wanted in whole.items():
         packed = pack_tiles(random_sparse(70, 192, pattern=pattern))
         assert torch.equal(packed.values, wanted.values)
@@ -66,7 +66,7 @@ def test_tiles_are_aligned_and_bytes_exact(dtype: ValueDtype) -> None:
     counted = pack_tiles(random_sparse(40, 256, dtype=dtype))
     assert counted.starts is not None
     size = counted.values.element_size()
-    bits = tiles.unpack_bits(tiles._bytes(counted.masks)).view(-1, 16 * 128).sum(1)
+    bits = gpu_tiles.unpack_bits(gpu_tiles._bytes(counted.masks)).view(-1, 16 * 128).sum(1)
     lengths = counted.starts.diff() * 16  # bytes
     assert ((lengths >= bits * size) & (lengths < bits * size + 16)).all()
     assert int(counted.starts[-1]) * 16 == counted.values.numel() * size
