@@ -23,10 +23,10 @@ ifneq ($(wildcard $(VENV)/.installing),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test study soak fuzz bench lint format types env clean
+.PHONY: help serve test study soak fuzz bench bench-gpu report-gpu lint format types sanitize clang env clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 serve: $(READY)-server ## install, fetch the default model, serve it on HOST:PORT
 	@exec $(BIN)/paceline serve '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
@@ -47,6 +47,12 @@ fuzz: $(READY)-dev ## campaign: 20,000 damaged bodies, 20,000 damaged sparse art
 bench: $(READY)-bench ## the kernels beside the bandwidth ceiling, this server beside its peers; BENCH_ARGS= for full runs
 	-$(BIN)/python -m paceline.kernels.bench.decode_step $(filter --quick,$(BENCH_ARGS))
 	$(BIN)/python -m paceline.clients.bench_peers --preset '$(PRESET)' $(BENCH_ARGS)
+
+bench-gpu: $(READY)-dev ## the GPU kernels beside cuBLAS, torch 2:4 and the bandwidth ceiling, on a machine with CUDA
+	$(BIN)/python -m paceline.kernels.bench.gpu
+
+report-gpu: $(READY)-dev ## the GPU kernels compiled for four GPUs, none needed: registers, spills, bytes per weight
+	$(BIN)/python -m paceline.kernels.gpu.report
 
 lint: $(READY)-dev ## ruff: rules and formatting
 	$(BIN)/ruff check .
