@@ -50,6 +50,11 @@ class Launch:
     num_stages: int
     programs: int
 
+    def plan(self, tiles: SparseTiles, *, is_sparse: bool = True) -> Plan:
+        """The settings for a weight."""
+        splits = max(1, -(-self.programs // tiles.masks.shape[0]))
+        return Plan(is_sparse, self.num_warps, self.num_stages, splits)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -109,8 +114,7 @@ def plan_for(tiles: SparseTiles, rows: int) -> Plan:
         device_name(tiles.device), format_name(tiles), shape_class(tiles.out_features, tiles.in_features)
     )
     launch = entry.gemv if rows == 1 else entry.gemm
-    splits = max(1, -(-launch.programs // tiles.masks.shape[0]))
-    return Plan(rows <= entry.max_sparse_rows, launch.num_warps, launch.num_stages, splits)
+    return launch.plan(tiles, is_sparse=rows <= entry.max_sparse_rows)
 
 
 @cache
@@ -132,9 +136,9 @@ def own_table() -> Path:
 
 
 def write(entries: Sequence[Entry], path: Path) -> None:
-    """Write a table, whole or not at all; what the file had for other devices stays."""
-    ours = {entry.device for entry in entries}
-    kept = [entry for entry in _read(path) if entry.device not in ours]
+    """Write a table, whole or not at all; what the file had for other devices, formats and shapes stays."""
+    ours = {(entry.device, entry.format, entry.shape) for entry in entries}
+    kept = [entry for entry in _read(path) if (entry.device, entry.format, entry.shape) not in ours]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps({"entries": [asdict(e) for e in [*kept, *entries]]}, indent=2) + "\n")

@@ -140,7 +140,7 @@ def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> 
             f"{where} is a draft in the form for vLLM's eagle method; serve the artifact that it was exported from"
         )
     model_type = hf.get("model_type")
-    if model_type not in SUPPORTED:
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
         raise unsupported(f"model type {model_type!r} ({where})")
     if hf.get("hidden_act", "silu") != "silu":
         raise unsupported(f"activation {hf['hidden_act']!r} ({where})")

@@ -99,7 +99,7 @@ def read_vocab(stored: Checkpoint, name: str | None, config: Mapping[str, Any]) 
         raise ArtifactError(f"{stored.path}: {name} must be int32 [k], but is {short(ids)}")
     if not (ids[1:] > ids[:-1]).all():
         raise ArtifactError(f"{stored.path}: {name} must hold ascending ids, each once")
-    if ids[0] < 0 or ids[-1] >= size:
+    if int(ids[0]) < 0 or int(ids[-1]) >= size:
         raise ArtifactError(
             f"{stored.path}: {name} holds ids from {int(ids[0])} to {int(ids[-1])}, "
             f"but the vocabulary is 0 to {size - 1}"

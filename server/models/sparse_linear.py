@@ -19,13 +19,17 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = tiles.out_features, tiles.in_features
         self.tiles = tiles
         self.bias = bias
-        #: What one forward reads.
-        self.num_bytes = tiles.num_bytes + (0 if bias is None else bias.numel() * bias.element_size())
 
     @classmethod
     def from_weight(cls, weight: SparseWeight, bias: Tensor | None = None) -> "SparseLinear":
         """Repack a weight as artifacts hold it."""
         return cls(pack_tiles(weight), bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one forward reads."""
+        bias = self.bias
+        return self.tiles.num_bytes + (0 if bias is None else bias.numel() * bias.element_size())
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out] in the type of ``x``."""
