@@ -40,8 +40,8 @@ study: $(READY)-dev ## campaign: sampled output against the exact distribution, 
 soak: $(READY)-dev ## campaign: 10,000 mixed requests to one server, a quarter of them hanging up
 	$(CAMPAIGN) tests/campaigns/test_soak.py
 
-fuzz: $(READY)-dev ## campaign: 20,000 damaged bodies
-	$(CAMPAIGN) tests/campaigns/test_fuzz.py
+fuzz: $(READY)-dev ## campaign: 20,000 damaged bodies, 20,000 damaged sparse artifacts
+	$(CAMPAIGN) tests/campaigns/test_fuzz.py tests/campaigns/test_fuzz_artifacts.py
 
 # A machine without the compiled kernels still compares servers, hence the dash.
 bench: $(READY)-bench ## the kernels beside the bandwidth ceiling, this server beside its peers; BENCH_ARGS= for full runs
@@ -66,7 +66,7 @@ types: $(READY)-dev ## mypy, strict
 	$(BIN)/mypy
 	$(BIN)/mypy --follow-imports silent --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls tests
 
-sanitize: $(READY)-dev ## the CPU kernels' tests under AddressSanitizer and UBSan
+sanitize: $(READY)-dev ## the CPU kernels' tests and damaged artifacts under AddressSanitizer and UBSan
 	VENV='$(VENV)' .ci/native sanitize
 
 clang: $(READY)-dev ## the CPU kernels' tests on a build by clang++, if it is there

@@ -126,12 +126,13 @@ class SparseWeight:
         kept = weight != 0 if kept is None else kept
         if kept.shape != weight.shape or kept.dtype is not torch.bool:
             raise FormatError(f"what is kept must be bool {list(weight.shape)}, but is {_short(kept)}")
-        if (weight[~kept] != 0).any():
+        if (weight.masked_fill(kept, 0) != 0).any():
             raise FormatError("weights outside the mask must be zero")
         if pattern.structured:
             kept = keep_at_least(kept, pattern)
         counts = kept.sum(1)
-        values = weight[kept]
+        # masked_select and masked_scatter: indexing by a mask takes 25 times as long (1536 x 576: 92 ms, not 3.4).
+        values = weight.masked_select(kept)
         offsets = None
         if pattern.structured:
             values = values.view(len(weight), -1)
@@ -200,12 +201,13 @@ class SparseWeight:
     def stored(self) -> Tensor:
         """The stored values at their places and zeros elsewhere, [out, in] in the value type."""
         dense = self.values.new_zeros(self.out_features, self.in_features)
-        dense[self.kept()] = self.values.view(-1)
-        return dense
+        return dense.masked_scatter_(self.kept(), self.values)
 
     def to(self, *, dtype: torch.dtype, device: torch.device) -> "SparseWeight":
         """The weight on a device; float values in ``dtype``, int8 ones as they are."""
         values = self.values if self.values.dtype is torch.int8 else self.values.to(dtype)
+        if values is self.values and values.device == device:
+            return self  # a new one would be checked anew
         return replace(
             self,
             bitmask=self.bitmask.to(device),

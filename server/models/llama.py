@@ -149,6 +149,11 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config, self.embedding.device)
         self.vocab_ids = None if vocab_ids is None else vocab_ids.to(self.embedding.device)
 
+    @property
+    def bytes_per_forward(self) -> int:
+        """Weight bytes that a forward with logits reads."""
+        return sum(part.num_bytes for part in self.modules() if isinstance(part, Linear | SparseLinear))
+
     def forward(self, ragged: RaggedInput, kv: KvViews, kept: Tensor | None = None) -> Tensor:
         """Run the batch and return fp32 logits [wanted, head_rows]; for ``kept`` see ``outputs``."""
         return self.outputs(ragged, kv, kept)[0]

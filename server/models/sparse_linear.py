@@ -25,6 +25,12 @@ class SparseLinear(nn.Module):
         """Repack a weight as artifacts hold it."""
         return cls(pack_tiles(weight), bias)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one forward reads."""
+        bias = self.bias
+        return self.tiles.num_bytes + (0 if bias is None else bias.numel() * bias.element_size())
+
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out] in the type of ``x``."""
         return ops.sparse_linear(x, self.tiles, self.bias)
