@@ -197,6 +197,36 @@ def test_verified_tokens_follow_the_target(by_block: bool) -> None:
     assert (shares - p_scores[0].softmax(-1)).abs().max() < 0.045  # four standard deviations
 
 
+def test_the_residual_of_the_block_rule_is_scaled() -> None:
+    """One token kept at P < 1, the next refused: what follows comes from P p - q, which p - q is not."""
+    given = blocks(40, 2, 6, 5, likeness=0.0) | {"lengths": torch.full((40,), 2)}
+    given["uniforms"][:, 0] = 0.0
+    given["uniforms"][:, 1] = 1 - 2**-53
+    got = ops.verify(**given, by_block=True)
+    assert (got[0] == 1).sum() > 10
+    assert all(map(torch.equal, got, reference_sampling.verify(**given, by_block=True)))
+    p, q = given["scores"].view(40, 3, 6)[:, 1].softmax(-1), given["q"][:, 1]
+    plain = (p - q).clamp(min=0).double().cumsum(-1)
+    unscaled = torch.searchsorted(plain, given["uniforms"][:, 2:] * plain[:, -1:], right=True)[:, 0]
+    assert (unscaled != got[1])[got[0] == 1].any()
+
+
+def test_the_maximum_goes_before_the_temperature_is_applied() -> None:
+    """Logits far from zero lose bits in a division that came first: two ids a hair apart tell."""
+    keys = torch.arange(40)
+    noise = streams(keys, 12)
+    scores = torch.full((40, 12), -INF)
+    scores[:, 0] = 5000.0
+    # As close as fp32 is at 5000: the one or the other wins by less than a division by 0.7 would round.
+    scores[:, 1] = 5000.0 + 0.7 * (noise[:, 0] - noise[:, 1])
+    given = {"temperatures": torch.full((40,), 0.7), "keys": keys, "is_sampled": keys >= 0}
+    ones = torch.ones(40, 1)
+    wanted = reference_sampling.combine([scores], ones, *given.values())[0]
+    first = (scores / 0.7 + noise).argmax(-1)
+    assert not torch.equal(first, wanted)
+    assert torch.equal(ops.combine([scores], ones, **given)[0], wanted)
+
+
 def test_a_token_that_q_cannot_draw_is_refused_and_p_equal_to_q_accepted() -> None:
     given = blocks(6, 3, 40, 1, likeness=1.0) | {"lengths": torch.full((6,), 3)}
     assert (ops.verify(**given, by_block=True)[0] == 3).all()
