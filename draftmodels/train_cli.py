@@ -36,7 +36,7 @@ def train_draft(
     if resume and recipe is not None:
         raise ConfigError("--recipe: a resumed run keeps the recipe that it was started with; leave it out")
     from paceline.draftmodels.distill.job import run_job, save_recipe, saved_recipe
-    from paceline.draftmodels.distill.ranks import Ranks
+    from paceline.draftmodels.jobs.ranks import Ranks
     from paceline.server.log import configure_logging
 
     if resume:

@@ -21,7 +21,7 @@ from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import new_draft
 from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.parts import Parts
-from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
+from paceline.draftmodels.jobs.ranks import ONE_RANK, Ranks
 from paceline.draftmodels.distill.trainer import Trainer
 from paceline.draftmodels.teacher import TeacherRows
 from paceline.server.models.checkpoint import open_checkpoint

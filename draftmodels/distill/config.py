@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from paceline.draftmodels.distill.budget import Budget, Patience, parse_count, parse_seconds
+from paceline.draftmodels.jobs.budget import Budget, Patience, parse_count, parse_seconds
 from paceline.server.config.load import nearest
 from paceline.server.config.schema import Key, key_field, keys_of
 from paceline.server.config.values import convert

@@ -21,9 +21,9 @@ from paceline.draftmodels.distill.initialise import NewDraft, new_draft, own_voc
 from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.objective import Rows
 from paceline.draftmodels.distill.parts import Parts
-from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.jobs.ranks import Ranks
 from paceline.draftmodels.distill.report import write_report
-from paceline.draftmodels.distill.show import shown
+from paceline.draftmodels.jobs.show import shown
 from paceline.draftmodels.distill.sources import EngineJudge, EngineText, open_prompts
 from paceline.draftmodels.distill.trainer import Trainer
 from paceline.draftmodels.distill.vocab import TOP_K, expected_vocabulary

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from paceline.draftmodels.distill.checkpoint import JobState
 from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.objective import Rows
-from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
+from paceline.draftmodels.jobs.ranks import ONE_RANK, Ranks
 
 
 class TextSource(Protocol):

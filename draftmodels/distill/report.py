@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paceline.draftmodels.distill.metrics import read_metrics
+from paceline.draftmodels.jobs.metrics import read_metrics
 
 Line = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from paceline.draftmodels.distill import order
 from paceline.draftmodels.distill.checkpoint import JobState, Loaded, restore, save_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import NewDraft
-from paceline.draftmodels.distill.metrics import MetricsFile
+from paceline.draftmodels.jobs.metrics import MetricsFile
 from paceline.draftmodels.distill.objective import Objective, StepFigures
 from paceline.draftmodels.distill.optim import learning_rate, make_optimizer, set_rate
 from paceline.draftmodels.distill.parts import Parts

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from paceline.clients import console
-from paceline.draftmodels.distill.budget import Budget, Patience, parse_count, parse_seconds
+from paceline.draftmodels.jobs.budget import Budget, Patience, parse_count, parse_seconds
 from paceline.draftmodels.distill.config import (
     Recipe,
     load_recipe,

@@ -16,7 +16,7 @@ from distill_job import Measuring, Shown, Text, make_trainer, small_recipe
 
 from paceline.draftmodels.distill.checkpoint import load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
-from paceline.draftmodels.distill.metrics import read_metrics
+from paceline.draftmodels.jobs.metrics import read_metrics
 
 PROGRAM = Path(distill_job.__file__)
 

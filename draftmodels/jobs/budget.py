@@ -68,13 +68,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Stop when the best of the latest ``evaluations`` measurements is no better than what came before; 0 is never."""
+    """Stop when the best of the latest ``evaluations`` measurements is no better than what came before; 0 is never.
+
+    Attributes:
+        least_gain: what counts as better, in units of the score.
+    """
 
     evaluations: int = 0
     least_gain: float = 0.005
 
-    def exhausted(self, taus: list[float]) -> bool:
-        """Whether to stop after these measurements of tau, oldest first."""
-        if not self.evaluations or len(taus) <= self.evaluations:
+    def exhausted(self, scores: list[float]) -> bool:
+        """Whether to stop after these measurements of a score, oldest first; higher is better."""
+        if not self.evaluations or len(scores) <= self.evaluations:
             return False
-        return max(taus[-self.evaluations :]) < max(taus[: -self.evaluations]) + self.least_gain
+        return max(scores[-self.evaluations :]) < max(scores[: -self.evaluations]) + self.least_gain
