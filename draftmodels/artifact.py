@@ -1,4 +1,4 @@
-"""Writing model folders: complete or not at all, with their tokenizer; and drafts in Paceline's native form.
+"""Writing model folders: complete or not at all, with their tokenizer; drafts and sparse students in native form.
 
 The counterpart of ``server.models.native_form``, which reads them. Knows nothing of training.
 """
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from paceline.server.errors import ArtifactError, ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from paceline.kernels.formats import SparseWeight
     from paceline.server.models.manifest import Manifest
     from paceline.server.models.native_form import NativeCheckpoint
 
@@ -59,12 +61,61 @@ def write_native_draft(
         ArtifactError: tensors, configuration and manifest contradict each other, or nothing can be written.
         ConfigError: a folder that is in use.
     """
+    check_output(folder, force)
+    _write_native(folder, native_config(config), tensors, manifest, tokenizer_from)
+
+
+def write_student(
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, "torch.Tensor"],
+    sparse: Mapping[str, "SparseWeight"],
+    manifest: "Manifest",
+    tokenizer_from: Path,
+    force: bool = False,
+) -> None:
+    """Write a sparse model in native form and check what was written; the folder appears complete or not at all.
+
+    Args:
+        folder: new or empty; with ``force`` also one to replace.
+        config: the usual Hugging Face fields; ``architectures`` names the real architecture.
+        tensors: all that is not sparse, as for ``write_native_draft``: fp32 or bf16 embeddings, norms, biases and head;
+            where the sparse values are int8, matrices may be int8 too (``X.weight`` with ``X.weight_scale``).
+        sparse: linears of the blocks by their Hugging Face name (``X.weight``), all of one pattern and one type of
+            values; at least one.
+        manifest: of kind "student", or "draft" or "expert". Its ``weights`` are set to what ``sparse`` is.
+        tokenizer_from: folder or ``.gguf`` file of the parent.
+
+    Raises:
+        ArtifactError: tensors, configuration and manifest contradict each other, or nothing can be written.
+        ConfigError: a folder that is in use.
+    """
+    from paceline.server.models.sparse_form import QUANTIZATION, SparseForm, parts_of
+
+    check_output(folder, force)
+    form = SparseForm.common(sparse)
+    parts = [parts_of(name, weight) for name, weight in sparse.items()]
+    twice = sorted(set(tensors) & (set(sparse) | {name for own in parts for name in own}))
+    if twice:
+        raise ArtifactError(f"{twice[0]} is among the dense tensors and among the sparse ones")
+    every = {**tensors, **{name: tensor for own in parts for name, tensor in own.items()}}
+    own_config = native_config(config) | {QUANTIZATION: form.quantization_config}
+    _write_native(folder, own_config, every, replace(manifest, weights=form.fields), tokenizer_from)
+
+
+def _write_native(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, "torch.Tensor"],
+    manifest: "Manifest",
+    tokenizer_from: Path,
+) -> None:
     from paceline.server.models.manifest import write_manifest
     from paceline.server.models.native_form import NativeCheckpoint
 
-    check_output(folder, force)
     with complete_or_nothing(folder) as temporary:
-        write_checkpoint(temporary, native_config(config), tensors)
+        write_checkpoint(temporary, config, tensors)
         copy_tokenizer(tokenizer_from, temporary)
         write_manifest(temporary, manifest)
         try:
@@ -95,7 +146,7 @@ def int8_linears(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tens
     """
     from paceline.kernels.cpu.int8 import quantize_rows
     from paceline.server.models.config import FC, HEAD
-    from paceline.server.models.native_form import SCALE
+    from paceline.server.models.sparse_form import SCALE
 
     result = {}
     for name, tensor in tensors.items():

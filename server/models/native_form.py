@@ -1,27 +1,43 @@
 """Artifacts in Paceline's native form, read as Hugging Face checkpoints.
 
 Such a folder may take tensors from its target, propose a part of the vocabulary only and hold int8 weights
-(``X.weight`` int8 [out, in] with ``X.weight_scale`` fp32 [out]); ``paceline.json`` says which. Owns where each tensor
-comes from and whether the folder is consistent. Dense only. What is done with the tensors is the loader's business.
+(``X.weight`` int8 [out, in] with ``X.weight_scale`` fp32 [out]) or sparse ones (``sparse_form``); ``paceline.json`` says
+which. Owns where each tensor comes from and whether the folder is consistent. What is done with the tensors is the
+loader's business.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from paceline.kernels.formats import SparseWeight
 from paceline.server.errors import ArtifactError, UnsupportedModelError
 from paceline.server.models.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint, read_json
-from paceline.server.models.config import EMBEDDING, HEAD, NATIVE_ARCHITECTURE
+from paceline.server.models.config import (
+    EMBEDDING,
+    HEAD,
+    NATIVE_ARCHITECTURE,
+    ModelConfig,
+    parse_model_config,
+)
 from paceline.server.models.manifest import MANIFEST, Manifest, check_base_weights, read_manifest
+from paceline.server.models.sparse_form import (
+    SCALE,
+    SPARSE_FORMATS,
+    SparseForm,
+    part_names,
+    sparse_names,
+    take_quantization,
+)
 
 BASE_ARCHITECTURE = "base_architecture"
-SCALE = "_scale"
-FORMATS = ("fp32", "bf16", "int8")
+FORMATS = ("fp32", "bf16", "int8", *SPARSE_FORMATS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,6 +91,11 @@ def stored_int8(checkpoint: Checkpoint, name: str) -> Int8Rows | None:
     return checkpoint.int8(name) if isinstance(checkpoint, NativeCheckpoint) else None
 
 
+def stored_sparse(checkpoint: Checkpoint, name: str) -> SparseWeight | None:
+    """A linear as an artifact stores it, if that is sparse."""
+    return checkpoint.sparse(name) if isinstance(checkpoint, NativeCheckpoint) else None
+
+
 def draft_vocab(checkpoint: Checkpoint) -> Tensor | None:
     """The ids that an artifact's head has rows for, ascending, int32 [k]; None for all."""
     return checkpoint.draft_vocab if isinstance(checkpoint, NativeCheckpoint) else None
@@ -87,15 +108,20 @@ class NativeCheckpoint:
 
     Attributes:
         hf_config: of the architecture it is made of, as a plain checkpoint would have it.
+        sparse_form: how its sparse linears are stored; None if it has none.
         draft_vocab: the ids that the head has rows for, ascending, int32 [k]; None for all.
     """
 
     def __init__(self, folder: Path, target: Checkpoint | None = None) -> None:
         self.path = folder
         self._stored, self._target = SafetensorsCheckpoint(folder), target
-        self.hf_config: dict[str, Any] = _base_config(self._stored.hf_config, folder)
         self.manifest = _manifest(folder)
+        self.sparse_form = SparseForm.parse(self.manifest.weights, f"{folder / MANIFEST}: weights")
+        where = str(folder / "config.json")
+        config = take_quantization(self._stored.hf_config, self.sparse_form, where)
+        self.hf_config: dict[str, Any] = _base_config(config, folder)
         self._stored_names = frozenset(self._stored.tensor_names())
+        self._sparse_names = sparse_names(self._stored_names)
         self.draft_vocab = self._read_vocab()
         self._check_consistent()
         if target is not None and self.manifest.shared_with_target:
@@ -108,22 +134,29 @@ class NativeCheckpoint:
 
     @property
     def in_int8(self) -> bool:
-        """Whether its weights are stored in int8."""
+        """Whether its weights, or the values of its sparse ones, are stored in int8."""
+        if self.sparse_form is not None:
+            return self.sparse_form.in_int8
         return bool(self.manifest.weights["format"] == "int8")
 
     def tensor_names(self) -> list[str]:
-        """See ``Checkpoint.tensor_names``: stored and shared ones, without scales and the list of ids."""
+        """See ``Checkpoint.tensor_names``: stored and shared ones, without scales and the list of ids; sparse linears by
+        the names that they would have if they were dense."""
         scales = {name + SCALE for name in self._stored_names}
-        names = self._stored_names - scales - {self.manifest.draft_vocab}
+        names = self._stored_names - scales - part_names(self._sparse_names) - {self.manifest.draft_vocab}
+        names |= self._sparse_names
         names |= set(self.manifest.shared_with_target)
         return sorted(names | {HEAD} if self.draft_vocab is not None else names)
 
     def tensor(self, name: str) -> Tensor:
-        """See ``Checkpoint.tensor``; int8 comes dequantized.
+        """See ``Checkpoint.tensor``; int8 comes dequantized, what is sparse with its zeros.
 
         Raises:
             ArtifactError: there is no such tensor, or it is not of the type and rows that it must be of.
         """
+        sparse = self.sparse(name)
+        if sparse is not None:
+            return sparse.to_dense() if self.in_int8 else sparse.stored()
         rows = self.int8(name)
         if rows is not None:
             return rows.dequantize()
@@ -150,6 +183,18 @@ class NativeCheckpoint:
         self._check_int8(name, values, scale)
         return Int8Rows(values, scale)
 
+    def sparse(self, name: str) -> SparseWeight | None:
+        """A linear that is stored sparse; None for all other tensors.
+
+        Raises:
+            ArtifactError: its parts contradict each other, or it is not of this model.
+        """
+        if self.sparse_form is None or name not in self._sparse_names:
+            return None
+        if name not in self._shapes.tensor_names():
+            raise ArtifactError(f"{self.path}: tensor {name} is not of this model")
+        return self.sparse_form.read(self._stored, name, self._shapes.tensor_shape(name)[1])
+
     def weights_sha256(self) -> str:
         """See ``Checkpoint.weights_sha256``; covers what is shared and the list's name where there are such."""
         own = self._stored.weights_sha256()
@@ -158,6 +203,11 @@ class NativeCheckpoint:
         target = self._target.weights_sha256() if self._target is not None else ""
         lines = [own, target, str(self.manifest.draft_vocab), *self.manifest.shared_with_target]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def _shapes(self) -> ModelConfig:
+        """Parsed when a sparse linear is read: its number of inputs is stored nowhere else."""
+        return parse_model_config(self.hf_config, where=str(self.path))
 
     def _place(self, name: str) -> _Place:
         if name == HEAD and self.draft_vocab is not None and self.hf_config.get("tie_word_embeddings"):
@@ -200,14 +250,24 @@ class NativeCheckpoint:
         """What contradicts what, as far as it shows without reading weights."""
         shared = self.manifest.shared_with_target
         for name in shared:
-            if name in self._stored_names:
+            if name in self._stored_names | self._sparse_names:
                 yield f"{name} is stored, but {MANIFEST} lists it in shared_with_target"
         if self.hf_config.get("tie_word_embeddings") and (HEAD in shared or HEAD in self._stored_names):
             yield f"{HEAD} is there, but config.json says tie_word_embeddings; set that to false"
-        scaled = any(name + SCALE in self._stored_names for name in self._stored_names)
+        yield from self._sparse_problems()
+        matrices = self._stored_names | self._sparse_names
+        scaled = any(name + SCALE in self._stored_names for name in matrices)
         if scaled != self.in_int8:
             found = "there are" if scaled else "there are no"
-            yield f"{MANIFEST} says weights.format {self.manifest.weights['format']}, but {found} int8 weights"
+            said = self.sparse_form or f"weights.format {self.manifest.weights['format']}"
+            yield f"{MANIFEST} says {said}, but {found} int8 weights"
+
+    def _sparse_problems(self) -> Iterator[str]:
+        if self.sparse_form is not None:
+            yield from self.sparse_form.problems(self._stored_names)
+        elif self._sparse_names:
+            name = min(self._sparse_names)
+            yield f"{MANIFEST} says weights.format {self.manifest.weights['format']}, but {name} is sparse"
 
     def _check_target(self, target: Checkpoint) -> None:
         sha256 = target.weights_sha256()
