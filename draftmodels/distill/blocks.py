@@ -20,19 +20,22 @@ Angles = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """One attention call: queries in ``place``; padded keys and values, [batch, keys, kv_heads, head_dim]; mask."""
+    """One attention call: queries in ``place``; padded keys and values, [batch, keys, kv_heads, head_dim]; mask.
+
+    Without a mask, keys are those of the queries' own places and each query sees the ones up to itself.
+    """
 
     place: Padded
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    mask: Tensor
+    mask: Tensor | None
 
     def __call__(self, q: Tensor) -> Tensor:
         """[rows, heads, head_dim] -> [rows, heads * head_dim]."""
         repeats = q.shape[1] // self.keys[0].shape[2]
         k, v = (_heads_first(parts).repeat_interleave(repeats, 1) for parts in (self.keys, self.values))
         padded = self.place.spread(q).transpose(1, 2)
-        out = F.scaled_dot_product_attention(padded, k, v, attn_mask=self.mask)
+        out = F.scaled_dot_product_attention(padded, k, v, attn_mask=self.mask, is_causal=self.mask is None)
         return self.place.collect(out.transpose(1, 2)).flatten(1)
 
 

@@ -65,6 +65,21 @@ class Budget:
         share = self.used(seconds=seconds, tokens=tokens, steps=steps)
         return seconds * max(1 - share, 0.0) / share if share > 0 else float("inf")
 
+    def steps_left(self, *, seconds: float, tokens: int, steps: int, step_tokens: int) -> float:
+        """Steps to come; where the limit is not one of steps, an estimate from the pace so far.
+
+        Args:
+            step_tokens: of a step, for as long as there is no pace.
+        """
+        limits: list[float] = []
+        if self.steps is not None:
+            limits.append(self.steps - steps)
+        if self.tokens is not None:
+            limits.append((self.tokens - tokens) / (tokens / steps if steps else step_tokens))
+        if self.seconds is not None and steps:
+            limits.append((self.seconds - seconds) * steps / max(seconds, 1e-9))
+        return min(limits, default=float("inf"))
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:

@@ -50,6 +50,15 @@ class RunningJob:
         state = self._state
         return self._budget.seconds_left(seconds=state.seconds, tokens=state.tokens, steps=state.step)
 
+    def steps_left(self, step_tokens: int) -> float:
+        """Steps to come, see ``Budget.steps_left``; the same on all ranks."""
+        state = self._state
+        return self._ranks.from_main(
+            self._budget.steps_left(
+                seconds=state.seconds, tokens=state.tokens, steps=state.step, step_tokens=step_tokens
+            )
+        )
+
     def stop(self, *, exhausted: bool) -> bool:
         """Whether to stop: budget used, patience at its end, or Ctrl-C; the main rank decides."""
         over = self.used() >= 1 or exhausted
