@@ -1,8 +1,9 @@
 """Texts and conversations to learn from, as sequences of bounded length.
 
-A ``.jsonl`` file has one JSON object per line: either ``text``, which is learnt as it stands, or a prompt with its answer
-as ``data.prompts`` reads them (the answer must be there). Every other file is plain text, one text per line. Texts longer
-than a sequence are cut into pieces; answers are cut short; prompts that leave no room for an answer are left out.
+A ``.jsonl`` file has one JSON object per line: either ``text``, which is learnt as it stands, or a prompt with its
+answer as ``data.prompts`` reads them (the answer must be there). Every other file is plain text, one text per line.
+Texts longer than a sequence are cut into pieces; answers are cut short; prompts that leave no room for an answer are
+left out.
 """
 
 import logging

@@ -1,7 +1,8 @@
 """A whole decoder of the Llama family that can be trained, and shows the output of every block.
 
-Parameters have the names of Hugging Face checkpoints. The arithmetic is that of ``distill.blocks``; rows are packed. Used
-for the student (linears and norms trained, embedding and head frozen unless asked for) and, frozen, for its teacher.
+Parameters have the names of Hugging Face checkpoints. The arithmetic is that of ``distill.blocks``; rows are packed.
+Used for the student (linears and norms trained, embedding and head frozen unless asked for) and, frozen, for its
+teacher.
 """
 
 from collections.abc import Mapping

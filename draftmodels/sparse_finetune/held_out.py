@@ -1,4 +1,4 @@
-"""How good a student is on held-out text: perplexity, KL to its teacher, and how often both find the same token likeliest.
+"""How good a student is on held-out text: perplexity, KL to its teacher, agreement on the likeliest token.
 
 Over the same tokens that CE learns, in the arithmetic of training. The teacher runs once; its last states are kept.
 """

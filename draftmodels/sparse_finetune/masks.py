@@ -1,7 +1,7 @@
 """The fixed mask of a student: what was pruned stays zero through training, in weights, gradients and moments.
 
-Also the rounding to int8 that the export will do, to look at a student (or train it) as it will be served; and the packed
-form of checkpoints, which holds no pruned weights. Knows nothing of losses.
+Also the rounding to int8 that the export will do, to look at a student (or train it) as it will be served; and the
+packed form of checkpoints, which holds no pruned weights. Knows nothing of losses.
 """
 
 from collections.abc import Iterator, Mapping

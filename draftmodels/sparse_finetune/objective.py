@@ -1,7 +1,7 @@
 """The loss L = w_ce CE + w_kl KL(teacher || student) + w_sq SquareHead (2310.06927), and its gradients.
 
-A step may be several forwards, on several ranks: means are over the whole step, so that how it was cut does not show. CE
-and KL go through the head in chunks of rows, their gradients in closed form, so that never more than a chunk of
+A step may be several forwards, on several ranks: means are over the whole step, so that how it was cut does not show.
+CE and KL go through the head in chunks of rows, their gradients in closed form, so that never more than a chunk of
 [rows, vocabulary] is in memory; ``losses`` is the oracle. Knows nothing of masks and optimisers.
 """
 
