@@ -96,8 +96,9 @@ class Objective:
         if self.w_sq:
             assert teaching is not None
             ratios = square_head(states, teaching.states, rows=totals.rows, mean_squares=totals.mean_squares)
-            sq = float(ratios.sum())
-            roots.append(self.w_sq * ratios.sum())
+            summed = ratios.sum()
+            sq = float(summed.detach())
+            roots.append(self.w_sq * summed)
             gradients.append(None)
         torch.autograd.backward(roots, gradients)
         return Figures(ce, kl, sq)
