@@ -36,18 +36,6 @@ class Batch:
         """Positions that are not padding."""
         return len(self.tokens)
 
-    def mask(self, window: int | None) -> Tensor | None:
-        """Who sees whom, bool [1, 1, width, width]; None is all up to itself.
-
-        Args:
-            window: how many latest positions are seen; None is all.
-        """
-        if window is None or window >= self.place.width:
-            return None
-        at = torch.arange(self.place.width, device=self.tokens.device)
-        distance = at[:, None] - at
-        return ((distance >= 0) & (distance < window))[None, None]
-
 
 def make_batch(sequences: Sequence[TokenSequence], device: torch.device, *, answers_only: bool) -> Batch:
     """Lay sequences out.

@@ -5,15 +5,16 @@ Used for the student (linears and norms trained, embedding and head frozen unles
 teacher.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from paceline.draftmodels.distill.blocks import Angles, Attend, Block, Positions
+from paceline.draftmodels.distill.blocks import Angles, Block, Positions
 from paceline.draftmodels.distill.layout import Padded
+from paceline.draftmodels.sparse_finetune.attention import CausalAttend, QueryBlock, query_blocks
 from paceline.draftmodels.sparse_finetune.batch import Batch
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import EMBEDDING, HEAD, ModelConfig
@@ -58,9 +59,10 @@ class Decoder(nn.Module):
         """The output of each block, the last one after the final norm: fp32 [rows, hidden] each."""
         x = F.embedding(batch.tokens, self.get_parameter(EMBEDDING)).float()
         angles = self._positions.angles(batch.positions)
+        blocks = self._query_blocks(batch.place.width, x.device)
         states = []
         for layer, window in zip(self.layers, self.config.sliding_windows, strict=True):
-            arguments = (layer, x, angles, batch.place, batch.mask(window))
+            arguments = (layer, x, angles, batch.place, blocks[window])
             if self._checkpointing and torch.is_grad_enabled():
                 x = checkpoint(_through, *arguments, use_reentrant=False)
             else:
@@ -69,10 +71,18 @@ class Decoder(nn.Module):
         states[-1] = self.get_submodule("model.norm")(x)
         return states
 
+    def _query_blocks(self, width: int, device: torch.device) -> dict[int | None, list[QueryBlock]]:
+        """For each window that a layer has."""
+        narrow = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if narrow else torch.float32
+        return {
+            window: query_blocks(width, window, dtype, device) for window in set(self.config.sliding_windows)
+        }
 
-def _through(layer: Block, x: Tensor, angles: Angles, place: Padded, mask: Tensor | None) -> Tensor:
+
+def _through(layer: Block, x: Tensor, angles: Angles, place: Padded, blocks: Sequence[QueryBlock]) -> Tensor:
     keys, values = layer.keys_values(x, angles)
-    y: Tensor = layer(x, angles, Attend(place, (place.spread(keys),), (place.spread(values),), mask))
+    y: Tensor = layer(x, angles, CausalAttend(place, keys, values, blocks))
     return y
 
 

@@ -24,24 +24,21 @@ class FixedMasks:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
         assert parameters.keys() == kept.keys()
-        self._parameters, self._kept = dict(parameters), dict(kept)
-        self._pruned = {name: ~mask for name, mask in kept.items()}
-
-    def kept(self, name: str) -> Tensor:
-        """bool [out, in]."""
-        return self._kept[name]
+        self._parameters = dict(parameters)
+        # Factors 0 and 1, as multiplying by bf16 takes a tenth of the time of filling by a bool mask.
+        self._factors = {name: mask.to(torch.bfloat16) for name, mask in kept.items()}
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, and with them what the optimiser remembers of them."""
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(self._pruned[name], 0.0)
+                parameter.grad.mul_(self._factors[name])
 
     @torch.no_grad()
     def apply(self) -> None:
         """Zero the pruned weights."""
         for name, parameter in self._parameters.items():
-            parameter.masked_fill_(self._pruned[name], 0.0)
+            parameter.mul_(self._factors[name])
 
     @contextmanager
     def rounded(self) -> Iterator[None]:
@@ -72,20 +69,25 @@ class FixedMasks:
         return {name: self._unpack(name, tensor) for name, tensor in tensors.items()}
 
     def _pack(self, name: str, tensor: Tensor) -> Tensor:
-        mask = self._kept.get(name.partition("@")[0])
-        return tensor if mask is None or tensor.shape != mask.shape else tensor[mask.cpu()]
+        kept = self._kept(name)
+        return tensor if kept is None or tensor.shape != kept.shape else tensor[kept]
 
     def _unpack(self, name: str, tensor: Tensor) -> Tensor:
-        mask = self._kept.get(name.partition("@")[0])
-        if mask is None or tensor.dim() != 1:
+        kept = self._kept(name)
+        if kept is None or tensor.dim() != 1:
             return tensor
-        if len(tensor) != int(mask.sum()):
+        if len(tensor) != int(kept.sum()):
             raise ArtifactError(
                 f"the checkpoint's {name} is of another mask: the student has changed since the run was started"
             )
-        whole = tensor.new_zeros(mask.shape)
-        whole[mask.cpu()] = tensor
+        whole = tensor.new_zeros(kept.shape)
+        whole[kept] = tensor
         return whole
+
+    def _kept(self, name: str) -> Tensor | None:
+        """Of a parameter or its moments, bool [out, in] on CPU; None for what is not sparse."""
+        factor = self._factors.get(name.partition("@")[0])
+        return None if factor is None else factor.bool().cpu()
 
 
 def rounded_rows(weight: Tensor) -> Tensor:
