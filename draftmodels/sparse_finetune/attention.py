@@ -63,14 +63,13 @@ class CausalAttend:
 
     def __call__(self, q: Tensor) -> Tensor:
         """[rows, heads, head_dim] -> [rows, heads * head_dim]."""
-        dtype = self.blocks[0].bias.dtype
-        # Heads lie in groups that share keys: [sequences * kv_heads, heads per key, width, head_dim].
-        queries = (
-            self._padded(q * q.shape[-1] ** -0.5, dtype).unflatten(1, (self.keys.shape[1], -1)).flatten(0, 1)
-        )
+        dtype, (heads, size) = self.blocks[0].bias.dtype, q.shape[1:]
+        kv_heads, batch, width = self.keys.shape[1], self.place.batch, self.place.width
+        # Heads that share keys are rows of one product: [batch * kv_heads, heads per key, width, head_dim].
+        shared = heads // kv_heads
+        queries = self._padded(q * size**-0.5, dtype).view(batch * kv_heads, shared, width, size)
         keys = self._padded(self.keys, dtype).flatten(0, 1).transpose(1, 2)
         values = self._padded(self.values, dtype).flatten(0, 1)
-        shared = queries.shape[1]
         outputs = []
         for own in self.blocks:
             scores = torch.baddbmm(
@@ -79,8 +78,8 @@ class CausalAttend:
                 keys[:, :, own.first : own.stop],
             )
             out = torch.bmm(scores.softmax(-1), values[:, own.first : own.stop])
-            outputs.append(out.unflatten(1, (shared, -1)))
-        whole = torch.cat(outputs, 2).unflatten(0, (self.place.batch, -1)).flatten(1, 2)
+            outputs.append(out.view(len(out), shared, -1, size))
+        whole = torch.cat(outputs, 2).view(batch, heads, width, size)
         return self.place.collect(whole.transpose(1, 2)).flatten(1)
 
     def _padded(self, rows: Tensor, dtype: torch.dtype) -> Tensor:

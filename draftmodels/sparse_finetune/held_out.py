@@ -82,7 +82,8 @@ class HeldOut:
 
     def _learnt_states(self, model: Decoder, batch: Batch) -> Tensor:
         with torch.autocast(model.head.device.type, self._dtype, enabled=self._dtype is not torch.float32):
-            return model(batch)[-1][batch.learnt]
+            states: Tensor = model(batch)[-1][batch.learnt]
+        return states
 
 
 def _exp(nats: float) -> float:

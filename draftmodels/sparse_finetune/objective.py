@@ -87,7 +87,8 @@ class Objective:
             head: the student's, [vocabulary, hidden].
             teaching: the teacher's view of the same batch; None where only CE has a weight.
         """
-        roots, gradients = [], []
+        roots: list[Tensor] = []
+        gradients: list[Tensor | None] = []
         ce = kl = sq = 0.0
         if self.w_ce or self.w_kl:
             ce, kl, gradient = self._through_head(batch, states[-1], head, teaching, totals)
@@ -119,7 +120,9 @@ class Objective:
         sums = states.new_zeros(2)
         scale = 1.0 / max(totals.learnt, 1)
         for rows, labels in zip(
-            batch.learnt.split(self.chunk_rows), batch.labels.split(self.chunk_rows), strict=True
+            torch.split(batch.learnt, self.chunk_rows),
+            torch.split(batch.labels, self.chunk_rows),
+            strict=True,
         ):
             x = states[rows].to(self.dtype)
             logits = F.linear(x, weight).float()

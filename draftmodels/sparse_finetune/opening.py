@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from paceline.server.models.native_form import NativeCheckpoint, is_native_form,
 from paceline.server.models.sources import resolve
 from paceline.server.models.tokenizer import load_tokenizer
 
+Dtype = Literal["fp32", "bf16"]
 #: What may differ between a student and its teacher: how long a context they were made for.
 _MAY_DIFFER = frozenset({"context_length"})
 
@@ -90,7 +92,7 @@ def open_teacher(student: OpenedStudent, reference: str | None) -> tuple[Checkpo
     return teacher, config
 
 
-def arithmetic(dtype: str | None, device: str) -> str:
+def arithmetic(dtype: Dtype | None, device: str) -> Dtype:
     """ "fp32" or "bf16": as asked, or the faster one of this machine.
 
     Raises:
