@@ -49,6 +49,22 @@ def test_the_mask_holds_through_training(
     assert all(not torch.equal(before[name], trainer.parameters[name]) for name in before)
 
 
+def test_the_mask_is_put_back_after_every_step(student: Path, parent: Path, tmp_path: Path) -> None:
+    """Also where something else than the optimiser wrote into a pruned weight."""
+    trainer, parts = make_trainer(student, parent, tmp_path / "run", small_recipe(max_steps="2"))
+    kept = open_student(str(student)).kept
+
+    def spoil(*_: Any) -> None:
+        with torch.no_grad():
+            for name, mask in kept.items():
+                trainer.parameters[name].add_(~mask)
+
+    spoiling = parts.student.register_forward_hook(spoil)
+    trainer.train()
+    spoiling.remove()
+    assert not any(trainer.parameters[name].detach()[~mask].any() for name, mask in kept.items())
+
+
 def test_embedding_and_head_are_frozen_unless_asked_for(student: Path, parent: Path) -> None:
     names = {"model.embed_tokens.weight", "lm_head.weight"}
     frozen, _, _ = opened_models(student, parent, small_recipe())

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from paceline.draftmodels import losses
 from paceline.draftmodels.data.sequences import TokenSequence
-from paceline.draftmodels.sparse_finetune.batch import make_batch
+from paceline.draftmodels.distill import order
+from paceline.draftmodels.jobs.metrics import read_metrics
+from paceline.draftmodels.sparse_finetune.batch import grouped, make_batch
 from paceline.draftmodels.sparse_finetune.objective import Figures, Objective, StepTotals, Teaching
 
 WEIGHTS = [(1.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.7, 0.4, 1.3)]
@@ -79,6 +81,29 @@ def test_loss_and_gradients_are_those_of_the_formula(
         assert parameter.grad is not None, name
         error = (parameter.grad - expected_gradient).norm() / expected_gradient.norm()
         assert error < 1e-3, f"{name}: {error}"
+
+
+def test_a_step_of_several_forwards_records_the_formula_over_all_of_them(
+    student: Path, parent: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(max_steps="1", w_kl=0.5)
+    trainer, parts = make_trainer(student, parent, tmp_path / "run", recipe)
+    oracles = [
+        AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, attn_implementation="eager")
+        for _ in range(2)
+    ]
+    oracles[0].load_state_dict(dict(parts.student.state_dict()))
+    lengths = [len(sequence.tokens) for sequence in parts.sequences]
+    first = order.batches(lengths, recipe.step_tokens, 0, recipe.seed)[0]
+    sequences = [parts.sequences[i] for i in first]
+    assert len(grouped(sequences, recipe.batch_tokens)) > 1
+    with torch.no_grad():
+        total, figures = reference(oracles[0], oracles[1], sequences, (1.0, 0.5, 1.0))
+    trainer.train()
+    (line,) = (line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line)
+    assert line["loss"] == pytest.approx(float(total), rel=2e-4)
+    for name in ("ce", "kl", "sq"):
+        assert line[name] == pytest.approx(getattr(figures, name), rel=2e-4), name
 
 
 def test_head_gradients_in_float64_are_those_of_autograd() -> None:
