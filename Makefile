@@ -23,10 +23,10 @@ ifneq ($(wildcard $(VENV)/.installing),)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test study soak fuzz bench lint format types env clean
+.PHONY: help serve test study soak fuzz bench bench-gpu report-gpu lint format types sanitize clang env clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 serve: $(READY)-server ## install, fetch the default model, serve it on HOST:PORT
 	@exec $(BIN)/paceline serve '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
@@ -40,13 +40,19 @@ study: $(READY)-dev ## campaign: sampled output against the exact distribution, 
 soak: $(READY)-dev ## campaign: 10,000 mixed requests to one server, a quarter of them hanging up
 	$(CAMPAIGN) tests/campaigns/test_soak.py
 
-fuzz: $(READY)-dev ## campaign: 20,000 damaged bodies
-	$(CAMPAIGN) tests/campaigns/test_fuzz.py
+fuzz: $(READY)-dev ## campaign: 20,000 damaged bodies, 20,000 damaged sparse artifacts
+	$(CAMPAIGN) tests/campaigns/test_fuzz.py tests/campaigns/test_fuzz_artifacts.py
 
 # A machine without the compiled kernels still compares servers, hence the dash.
 bench: $(READY)-bench ## the kernels beside the bandwidth ceiling, this server beside its peers; BENCH_ARGS= for full runs
 	-$(BIN)/python -m paceline.kernels.bench.decode_step $(filter --quick,$(BENCH_ARGS))
 	$(BIN)/python -m paceline.clients.bench_peers --preset '$(PRESET)' $(BENCH_ARGS)
+
+bench-gpu: $(READY)-dev ## the GPU kernels beside cuBLAS, torch 2:4 and the bandwidth ceiling, on a machine with CUDA
+	$(BIN)/python -m paceline.kernels.bench.gpu
+
+report-gpu: $(READY)-dev ## the GPU kernels compiled for four GPUs, none needed: registers, spills, bytes per weight
+	$(BIN)/python -m paceline.kernels.gpu.report
 
 lint: $(READY)-dev ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -60,7 +66,7 @@ types: $(READY)-dev ## mypy, strict
 	$(BIN)/mypy
 	$(BIN)/mypy --follow-imports silent --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls tests
 
-sanitize: $(READY)-dev ## the CPU kernels' tests under AddressSanitizer and UBSan
+sanitize: $(READY)-dev ## the CPU kernels' tests and damaged artifacts under AddressSanitizer and UBSan
 	VENV='$(VENV)' .ci/native sanitize
 
 clang: $(READY)-dev ## the CPU kernels' tests on a build by clang++, if it is there

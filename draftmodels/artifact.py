@@ -131,7 +131,7 @@ def native_config(config: Mapping[str, Any]) -> dict[str, Any]:
         ArtifactError: it names none.
     """
     from paceline.server.models.config import NATIVE_ARCHITECTURE
-    from paceline.server.models.native_form import BASE_ARCHITECTURE
+    from paceline.server.models.native_checks import BASE_ARCHITECTURE
 
     named = config.get("architectures") or []
     if not named:

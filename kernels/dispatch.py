@@ -1,28 +1,39 @@
 """Which implementation runs an operation, and why.
 
-A registry of (operation, format, device) -> implementations, the preferred first: the native CPU kernels, then the
-slow torch reference, which is everywhere. ``ops`` calls what ``choose`` returns; ``explain`` is what ``paceline info``
-prints. "attention" is listed with the format of K and V; it runs inside ``cpu.executor`` only, and has no reference
-here: without the library a decoder runs as torch modules, which are not this package's.
+A registry of (operation, format, device) -> implementations, the preferred first: Triton where ``PACELINE_KERNELS``
+asks for it, the native CPU kernels, plain torch, and the slow reference, which is everywhere. ``ops`` calls what
+``choose`` returns; ``explain`` is what ``paceline info`` prints. "attention" is listed with the format of K and V; it
+runs inside ``cpu.executor`` only, and has no reference here: without the library a decoder runs as torch modules, which
+are not this package's.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
-from paceline.kernels import reference
+from torch import Tensor
+from torch.nn import functional as F
+
+from paceline.kernels import reference, reference_sampling
 from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import KernelsMissing, best_isa, library
-from paceline.kernels.formats import FORMATS
+from paceline.kernels.formats import FORMATS, VALUE_DTYPES, SparseTiles
+from paceline.kernels.gpu import runtime
 
-Op = Literal["linear", "attention", "argmax"]
+Op = Literal["linear", "attention", "argmax", "sparse_linear", "verify", "combine"]
 Device = Literal["cpu", "cuda"]
 KV_FORMATS = ("fp32", "bf16")
+Wanted = Literal["auto", "torch", "native", "triton"]
 
 
 class NoKernelError(LookupError):
     """No implementation of this operation for this format and device; the message says why."""
+
+
+class UnknownKernelsError(ValueError):
+    """``PACELINE_KERNELS`` names no set of kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,19 @@ class Choice:
         return f"{self.kernel.name if self.kernel else 'none'} ({self.why})"
 
 
+def wanted() -> Wanted:
+    """What ``PACELINE_KERNELS`` asks for.
+
+    Raises:
+        UnknownKernelsError: something that there is not.
+    """
+    told = os.environ.get("PACELINE_KERNELS") or "auto"
+    for known in get_args(Wanted):
+        if told == known:
+            return known  # type: ignore[no-any-return]
+    raise UnknownKernelsError(f"PACELINE_KERNELS is {told!r}; use native, torch or triton, or leave it unset")
+
+
 def native_missing() -> str | None:
     """Why the native CPU kernels cannot run, or None if they can."""
     try:
@@ -67,12 +91,29 @@ def native_missing() -> str | None:
     return None
 
 
+def triton_missing(device: str) -> str | None:
+    """Why Triton kernels do not run on a device, or None if they do."""
+    if wanted() != "triton":
+        return "PACELINE_KERNELS is not triton"
+    return runtime.missing(device)
+
+
 def _native(op: Op, format: str, run: Callable[..., Any]) -> Kernel:
     return Kernel(op, format, "cpu", "native", run, native_missing)
 
 
 def _reference(op: Op, format: str, device: Device, run: Callable[..., Any]) -> Kernel:
     return Kernel(op, format, device, "reference", run, lambda: None)
+
+
+def _triton(op: Op, format: str, device: Device, function: str) -> Kernel:
+    run = runtime.lazy(function, function, device)
+    return Kernel(op, format, device, "triton", run, partial(triton_missing, device))
+
+
+def _multiply_dense(x: Tensor, tiles: SparseTiles, bias: Tensor | None) -> Tensor:
+    """The weight is made dense at its first use and kept: as quick as a dense layer, and as large."""
+    return F.linear(x, tiles.kept_dense(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @cache
@@ -87,7 +128,21 @@ def registry() -> tuple[Kernel, ...]:
             for f in FORMATS
         ]
         kernels += [_reference("argmax", "fp32", device, lambda x, pool: reference.argmax(x))]
+        kernels += [_triton("sparse_linear", f, device, "sparse_linear") for f in VALUE_DTYPES]
+        kernels += [
+            Kernel("sparse_linear", f, device, "dense torch", _multiply_dense, lambda: None)
+            for f in VALUE_DTYPES
+        ]
+        kernels += [_reference("sparse_linear", f, device, reference.sparse_linear) for f in VALUE_DTYPES]
+        for op in ("combine", "verify"):
+            kernels += [_triton(op, "fp32", device, op)]
+            kernels += [_reference(op, "fp32", device, getattr(reference_sampling, op))]
     return tuple(kernels)
+
+
+@cache
+def _candidates(op: Op, format: str, device: str) -> tuple[Kernel, ...]:
+    return tuple(k for k in registry() if (k.op, k.format, k.device) == (op, format, device))
 
 
 def choose(op: Op, format: str, device: str = "cpu", *, has_pool: bool = True) -> Choice:
@@ -98,20 +153,30 @@ def choose(op: Op, format: str, device: str = "cpu", *, has_pool: bool = True) -
 
     Raises:
         IsaUnavailable: ``PACELINE_ISA`` forces an instruction set that is not here.
+        UnknownKernelsError: see ``wanted``.
     """
     refusals: list[str] = []
-    for kernel in registry():
-        if (kernel.op, kernel.format, kernel.device) != (op, format, device):
-            continue
+    for kernel in _candidates(op, format, device):
         reason = kernel.missing()
         if kernel.name == "native" and not has_pool:
             reason = "no pool of threads given"
         if reason is None:
-            why = best_isa() if kernel.name == "native" else "; ".join(refusals) or "the only one"
-            return Choice(op, format, kernel.device, kernel, why)
+            return Choice(op, format, kernel.device, kernel, _why(kernel, refusals))
+        if kernel.name == "triton" and wanted() == "triton":
+            break  # asked for by name: nothing else will do
         refusals.append(f"{kernel.name}: {reason}")
-    known = "; ".join(refusals) or f"no implementation for {format} on {device}"
-    return Choice(op, format, device, None, known)
+    else:
+        known = "; ".join(refusals) or f"no implementation for {format} on {device}"
+        return Choice(op, format, device, None, known)
+    return Choice(op, format, device, None, f"PACELINE_KERNELS is triton, but {reason}")
+
+
+def _why(kernel: Kernel, refusals: list[str]) -> str:
+    if kernel.name == "native":
+        return best_isa()
+    if kernel.name == "triton":
+        return runtime.how(kernel.device)
+    return "; ".join(refusals) or "the only one"
 
 
 def kernel(op: Op, format: str, device: str, *, has_pool: bool) -> Kernel:
@@ -119,6 +184,7 @@ def kernel(op: Op, format: str, device: str, *, has_pool: bool) -> Kernel:
 
     Raises:
         NoKernelError: there is none.
+        UnknownKernelsError: see ``wanted``.
     """
     choice = choose(op, format, device, has_pool=has_pool)
     if choice.kernel is None:
@@ -128,5 +194,5 @@ def kernel(op: Op, format: str, device: str, *, has_pool: bool) -> Kernel:
 
 def explain(device: str = "cpu") -> list[Choice]:
     """One choice per operation and format of a device."""
-    wanted = dict.fromkeys((k.op, k.format) for k in registry() if k.device == device)
-    return [choose(op, format, device) for op, format in wanted]
+    pairs = dict.fromkeys((k.op, k.format) for k in registry() if k.device == device)
+    return [choose(op, format, device) for op, format in pairs]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from paceline.kernels.formats import GROUP, PackedLinear, padded
+from paceline.kernels.formats import GROUP, PackedLinear, SparseTiles, padded
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,6 +34,17 @@ def linear(x: Tensor, layer: PackedLinear) -> Tensor:
     if layer.bias is not None:
         y = y + layer.bias[: layer.out_features]
     return y
+
+
+def sparse_linear(x: Tensor, tiles: SparseTiles, bias: Tensor | None) -> Tensor:
+    """See ``ops.sparse_linear``; products and sums in float64."""
+    weight = tiles.stored().double()
+    y = x.double() @ weight.T
+    if tiles.scale is not None:
+        y = y * tiles.scale.double()
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(x.dtype)
 
 
 def argmax(x: Tensor) -> Tensor:

@@ -22,6 +22,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
+def _printable(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
 class PacelineError(Exception):
     """Base of everything Paceline raises on purpose; ``str(error)`` is one line fit for a user.
 
@@ -32,7 +36,14 @@ class PacelineError(Exception):
 
 
 class UserError(PacelineError):
-    """Something the person at the command line can mend."""
+    """Something the person at the command line can mend.
+
+    Args:
+        message: one line. What it quotes of a file may be anything, so that what is not printable is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(map(_printable, message)))
 
 
 class ConfigError(UserError):

@@ -1,4 +1,4 @@
-"""Weight formats of linear layers: ``packed`` for the CPU kernels, ``sparse`` as artifacts store it."""
+"""Weight formats of linear layers: ``packed`` for CPUs, ``sparse`` as artifacts store it, ``tiles`` for GPUs."""
 
 from paceline.kernels.formats.packed import (
     FORMATS,
@@ -18,6 +18,7 @@ from paceline.kernels.formats.sparse import (
     ValueDtype,
     keep_at_least,
 )
+from paceline.kernels.formats.tiles import SparseTiles, TileShape, pack_tiles
 
 __all__ = [
     "FORMATS",
@@ -28,10 +29,13 @@ __all__ = [
     "FormatError",
     "PackedLinear",
     "Pattern",
+    "SparseTiles",
     "SparseWeight",
+    "TileShape",
     "ValueDtype",
     "interleave_rows",
     "keep_at_least",
+    "pack_tiles",
     "pad_rows",
     "padded",
 ]

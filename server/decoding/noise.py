@@ -5,38 +5,25 @@ enters, so a token's noise is the same alone or in a crowd, for the draft and fo
 a preemption. That is what coupled (drafter-invariant) verification rests on (Daliri et al., 2408.07978).
 
 Construction: seed, choice and position are absorbed into a 64-bit key with the finaliser of SplitMix64 (a
-bijection of 64-bit words); the key starts a SplitMix64 stream that the token id indexes. torch lacks unsigned
-64-bit arithmetic on some devices: words live in int64, with wrapping products and masked (logical) shifts.
+bijection of 64-bit words); the key starts a SplitMix64 stream that the token id indexes (``kernels.noise``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from paceline.kernels.cpu.library import available
 from paceline.kernels.cpu.library import gumbel as native_gumbel
+from paceline.kernels.noise import GAMMA, MULTIPLIER_1, MULTIPLIER_2, signed, streams
 
 _WORD = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
-_MULTIPLIER_1 = 0xBF58476D1CE4E5B9
-_MULTIPLIER_2 = 0x94D049BB133111EB
-#: Uniforms are (k + 1/2) / 2**52 with 0 <= k < 2**52: exact in float64 and strictly between 0 and 1.
-_UNIFORM_BITS = 52
-#: On a CPU, rows are made in groups of about this many tokens, whose buffers stay in its caches: 2.3 times as quick as
-#: all 32 rows of 49k tokens at once.
-_CACHED_WORDS = 1 << 16
-
-
-def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit word."""
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _mix(word: int) -> int:
     """SplitMix64's finaliser on a Python integer."""
-    word = ((word ^ (word >> 30)) * _MULTIPLIER_1) & _WORD
-    word = ((word ^ (word >> 27)) * _MULTIPLIER_2) & _WORD
+    word = ((word ^ (word >> 30)) * MULTIPLIER_1) & _WORD
+    word = ((word ^ (word >> 27)) * MULTIPLIER_2) & _WORD
     return word ^ (word >> 31)
 
 
@@ -46,23 +33,13 @@ def stream(seed: int, choice: int) -> int:
 
 
 def _absorb(key: int, word: int) -> int:
-    return _mix((key + _GAMMA & _WORD) ^ (word & _WORD))
+    return _mix((key + GAMMA & _WORD) ^ (word & _WORD))
 
 
-def _xor_shift_(words: Tensor, bits: int, scratch: Tensor) -> None:
-    """In place ``words ^= words >>> bits`` (logical shift)."""
-    torch.bitwise_right_shift(words, bits, out=scratch)
-    scratch &= (1 << (64 - bits)) - 1
-    words ^= scratch
-
-
-def _mix_(words: Tensor, scratch: Tensor) -> None:
-    """SplitMix64's finaliser in place on int64 words; ``scratch`` is of the same shape."""
-    _xor_shift_(words, 30, scratch)
-    words *= _signed(_MULTIPLIER_1)
-    _xor_shift_(words, 27, scratch)
-    words *= _signed(_MULTIPLIER_2)
-    _xor_shift_(words, 31, scratch)
+def keys(rows: Iterable[tuple[int, int, int]]) -> Tensor:
+    """Where the noise of rows starts, each a (seed, choice, position): int64 [R]."""
+    words = [signed(_absorb(stream(seed, choice), position)) for seed, choice, position in rows]
+    return torch.tensor(words, dtype=torch.int64)
 
 
 def gumbel(
@@ -84,36 +61,7 @@ def gumbel(
     Returns:
         float32 [R, V], finite, between about -3.6 and 36.8.
     """
-    rows = zip(seeds, choices, positions, strict=True)
-    keys = [_signed(_absorb(stream(seed, choice), position)) for seed, choice, position in rows]
+    started = keys(zip(seeds, choices, positions, strict=True))
     if torch.device(device).type == "cpu" and available():
-        return native_gumbel(torch.tensor(keys, dtype=torch.int64), vocab_size)
-    return streams(torch.tensor(keys, dtype=torch.int64, device=device), vocab_size)
-
-
-def streams(keys: Tensor, vocab_size: int) -> Tensor:
-    """The noise of streams that start at ``keys``, int64 [R], in torch; the native kernel has the same bits but for the
-    last one of a rare value.
-
-    Returns:
-        float32 [R, V] on the device of ``keys``.
-    """
-    device = keys.device
-    steps = torch.arange(vocab_size, dtype=torch.int64, device=device) * _signed(_GAMMA)
-    noise = torch.empty(len(keys), vocab_size, device=device)
-    rows = len(keys) if device.type != "cpu" else min(len(keys), max(1, _CACHED_WORDS // vocab_size))
-    words = torch.empty(rows, vocab_size, dtype=torch.int64, device=device)
-    scratch, uniforms = torch.empty_like(words), torch.empty_like(words, dtype=torch.float64)
-    for first in range(0, len(keys), max(1, rows)):
-        part, count = noise[first : first + rows], min(rows, len(keys) - first)
-        torch.add(keys[first : first + rows, None], steps, out=words[:count])
-        _mix_(words[:count], scratch[:count])
-        part.copy_(_gumbel_(words[:count], uniforms[:count]))
-    return noise
-
-
-def _gumbel_(words: Tensor, out: Tensor) -> Tensor:
-    """Random words to float64 noise in ``out``; the words are used up."""
-    words >>= 64 - _UNIFORM_BITS
-    words &= (1 << _UNIFORM_BITS) - 1
-    return out.copy_(words).add_(0.5).mul_(2.0**-_UNIFORM_BITS).log_().neg_().log_().neg_()
+        return native_gumbel(started, vocab_size)
+    return streams(started.to(device), vocab_size)

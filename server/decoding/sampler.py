@@ -50,6 +50,16 @@ def process(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return scores
 
 
+def needs_temperature_at_most(row: Row) -> bool:
+    """Whether no operation of ``process`` but temperature changes the row."""
+    return not any(needs(row) for needs, op in _OPERATIONS if op is not _temperature_)
+
+
+def smallest_temperature(row: Row) -> float:
+    """The row's temperature, not so small that it would divide to infinity."""
+    return max(row.sampling.temperature, _MIN_TEMPERATURE)
+
+
 def draw(scores: Tensor, rows: Sequence[Row], generator: torch.Generator) -> Tensor:
     """Choose one token per row.
 
@@ -192,7 +202,7 @@ def _min_tokens_(scores: Tensor, rows: Sequence[Row]) -> None:
 def _temperature_(scores: Tensor, rows: Sequence[Row]) -> None:
     # The maximum goes first: a tiny temperature then yields 0 and -inf, never inf - inf.
     scores -= scores.amax(dim=-1, keepdim=True)
-    scores /= _column(scores, [max(row.sampling.temperature, _MIN_TEMPERATURE) for row in rows])
+    scores /= _column(scores, [smallest_temperature(row) for row in rows])
 
 
 def _top_k_(scores: Tensor, rows: Sequence[Row]) -> None:

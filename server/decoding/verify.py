@@ -57,6 +57,10 @@ NativeRule = Callable[
 ]
 
 
+#: (scores, rows) -> tokens, for greedy and seeded rows; in the place of ``sampler.draw``.
+NativeChoice = Callable[[Tensor, Sequence[Row]], Sequence[int]]
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """``accepted`` draft tokens are committed, and after them ``token_id`` (recovered or bonus)."""
@@ -73,6 +77,7 @@ def verify(
     generator: torch.Generator,
     lenience: Lenience | None = None,
     native: NativeRule | None = None,
+    choose: NativeChoice | None = None,
 ) -> list[Verdict]:
     """Verify a ragged batch of draft blocks against the target's scores.
 
@@ -85,6 +90,7 @@ def verify(
         generator: numbers for unseeded sampled choices.
         lenience: e per block; None is exact everywhere. Seeded choices are exact in any case.
         native: verifies and draws for unseeded sampled choices without lenience, in the place of the torch rules.
+        choose: chooses for greedy and seeded choices; comes with ``native`` only.
 
     Returns:
         One verdict per block.
@@ -99,7 +105,9 @@ def verify(
     verdicts: dict[int, Verdict] = {}
     pairs: Sequence[tuple[int, int]]
     if chosen := groups["coupled"]:
-        outputs = _draw_spans(scores, rows, [(starts[i], starts[i] + sizes[i]) for i in chosen], generator)
+        spans = [(starts[i], starts[i] + sizes[i]) for i in chosen]
+        assert choose is None or native is not None, "unseeded choices would be among the coupled ones"
+        outputs = _draw_spans(scores, rows, spans, choose or partial(_draw_in_torch, generator=generator))
         drafts = [blocks[i].token_ids for i in chosen]
         verdicts.update(zip(chosen, map(match_prefix, outputs, drafts), strict=True))
     if chosen := groups["lenient greedy"]:
@@ -266,16 +274,19 @@ def _following(p: Tensor, q: Tensor, accepted: Tensor, scale: Tensor | None) -> 
     return residual.div_(residual.sum(dim=1, keepdim=True))
 
 
+def _draw_in_torch(scores: Tensor, rows: Sequence[Row], *, generator: torch.Generator) -> list[int]:
+    return draw(scores, rows, generator).tolist()
+
+
 def _draw_spans(
-    scores: Tensor, rows: Sequence[Row], spans: Sequence[tuple[int, int]], generator: torch.Generator
+    scores: Tensor, rows: Sequence[Row], spans: Sequence[tuple[int, int]], choose: NativeChoice
 ) -> list[list[int]]:
     """The target's own choices for each span of rows."""
     index = [at for start, end in spans for at in range(start, end)]
     if len(index) == len(rows):
-        tokens = draw(scores, rows, generator).tolist()
+        outputs = iter(choose(scores, rows))
     else:
-        tokens = draw(scores[index], [rows[at] for at in index], generator).tolist()
-    outputs = iter(tokens)
+        outputs = iter(choose(scores[index], [rows[at] for at in index]))
     return [[next(outputs) for _ in range(start, end)] for start, end in spans]
 
 

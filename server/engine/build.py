@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.dispatch import wanted
 from paceline.server.config.schema import EngineConfig, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.decoding.verify import Rule
@@ -19,6 +20,7 @@ from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
 from paceline.server.engine.interface import EngineObserver, ModelInfo
+from paceline.server.engine.kernel_runner import KernelRunner
 from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.native import BuiltEngine, NativeEngine
@@ -118,7 +120,8 @@ def make_runner(
     """What runs a member over its part of an arena; ``pool`` is that of the loader that loaded it."""
     layout = arena.layout(shape)
     if isinstance(member.weights, Decoder):
-        return TorchRunner(member.weights, layout, arena.views(shape), arena.states(shape))
+        runner = KernelRunner if wanted() == "triton" else TorchRunner
+        return runner(member.weights, layout, arena.views(shape), arena.states(shape))
     assert pool is not None
     return CpuRunner(
         member.weights, pool, layout, arena.buffer, member.kv_dtype, keep_states=shape.keeps_states

@@ -5,14 +5,16 @@ mutable state lives behind ``submit``, ``cancel`` and ``step``.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from paceline.server.decoding.lenience import Lenience
-from paceline.server.decoding.sampler import process
+from paceline.server.decoding.rows import Row, is_unseeded
+from paceline.server.decoding.sampler import needs_temperature_at_most, process
 from paceline.server.decoding.verify import match_prefix, verify
 from paceline.server.engine.examine import Examiner
 from paceline.server.engine.in_flight import (
@@ -27,7 +29,7 @@ from paceline.server.engine.interface import EngineObserver, FinishedReason, Loa
 from paceline.server.engine.kv_blocks import KvBlocks
 from paceline.server.engine.proposers import make_row
 from paceline.server.engine.request import Request, TokenEvent
-from paceline.server.engine.runner import SampledVerifier
+from paceline.server.engine.runner import SampledVerifier, TokenChooser
 from paceline.server.engine.scheduler import Scheduler, StepPlan
 from paceline.server.engine.sequence import Sequence
 from paceline.server.engine.served import ServedModel
@@ -139,16 +141,17 @@ class Engine:
         index = [i for row in drawing for i in range(row.first_drawn, row.logits.stop)]
         chosen = logits if len(index) == len(logits) else logits[index]
         if all(row.is_exact_argmax for row in drawing):
-            outputs = iter(model.runner.argmax(chosen))
-            for row in drawing:
-                drafted = row.block.token_ids
-                row.verdict = match_prefix([next(outputs) for _ in range(len(drafted) + 1)], drafted)
+            _match(drawing, model.runner.argmax(chosen))
             return None
         states = [
             make_row(row.item.sequence, row.block.token_ids[:i])
             for row in drawing
             for i in range(len(row.block.token_ids) + 1)
         ]
+        chooser = model.runner if isinstance(model.runner, TokenChooser) else None
+        if chooser is not None and self._examiner is None and _needs_no_process(drawing, states):
+            _match(drawing, chooser.choose_tokens(chosen, states, warped=False))
+            return None
         scores = process(chosen, states)
         verdicts = verify(
             scores,
@@ -158,6 +161,7 @@ class Engine:
             self._generator,
             _lenience(model, drawing),
             model.runner.verify_sampled if isinstance(model.runner, SampledVerifier) else None,
+            None if chooser is None else partial(chooser.choose_tokens, warped=True),
         )
         for row, verdict in zip(drawing, verdicts, strict=True):
             row.verdict = verdict
@@ -220,6 +224,21 @@ class Engine:
                 speculation=sequence.speculation.stats(),
             )
         )
+
+
+def _needs_no_process(drawing: SequenceOf[InFlight], states: SequenceOf[Row]) -> bool:
+    """Whether every token follows from its logits, its temperature and its seed alone, by exact verification."""
+    if any(row.item.sequence.is_lenient for row in drawing):
+        return False
+    return all(needs_temperature_at_most(state) and not is_unseeded(state) for state in states)
+
+
+def _match(drawing: SequenceOf[InFlight], chosen: Iterable[int]) -> None:
+    """Coupled verification of every row against the target's choices, sequence after sequence."""
+    outputs = iter(chosen)
+    for row in drawing:
+        drafted = row.block.token_ids
+        row.verdict = match_prefix([next(outputs) for _ in range(len(drafted) + 1)], drafted)
 
 
 def _lenience(model: ServedModel, rows: SequenceOf[InFlight]) -> Lenience | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from paceline.kernels.cpu.drafting import Drafted, Draw
+from paceline.server.decoding.rows import Row
 from paceline.server.decoding.verify import DraftBlock, Rule
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
@@ -95,6 +96,20 @@ class SampledVerifier(Protocol):
         rule: Rule,
     ) -> Sequence[tuple[int, int]]:
         """See ``verify.NativeRule``."""
+        ...
+
+
+@runtime_checkable
+class TokenChooser(Protocol):
+    """A runner that chooses the tokens of greedy and seeded rows."""
+
+    def choose_tokens(self, scores: Tensor, rows: Sequence[Row], *, warped: bool) -> list[int]:
+        """The argmax of greedy rows, the argmax with Gumbel noise of seeded ones.
+
+        Args:
+            scores: fp32 [rows, V].
+            warped: whether temperatures are in the scores already.
+        """
         ...
 
 

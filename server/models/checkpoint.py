@@ -100,7 +100,8 @@ class SafetensorsCheckpoint:
             tensor: torch.Tensor = self._handle(file).get_tensor(name)
         except SafetensorError as error:
             raise ArtifactError(f"{file} has no readable tensor {name}: {error}") from error
-        return tensor
+        # It is a view of the file, where a header of odd length puts it at an address that kernels must not read at.
+        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
     def weights_sha256(self) -> str:
         """See ``Checkpoint.weights_sha256``; of shards, the hash of the lines ``NAME HASH`` in name order."""

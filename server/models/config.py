@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from paceline.server.errors import ArtifactError, UnsupportedModelError
+from paceline.server.errors import ArtifactError, PacelineError, UnsupportedModelError
 
 #: model_type in config.json -> what users call it.
 SUPPORTED = {"llama": "Llama 1-3", "mistral": "Mistral", "qwen2": "Qwen2 / Qwen2.5", "qwen3": "Qwen3"}
@@ -18,6 +18,17 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FIRST_NORM, FINAL_NORM = "model.layers.0.input_layernorm.weight", "model.norm.weight"
 #: The linear that joins embedding and state in a draft that reads its target's states, and the key that says so.
 FC, READS_STATE = "model.fc.weight", "reads_target_state"
+#: Sizes in config.json and the most that the engine counts to, far above any model.
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "head_dim": 1 << 16,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 30,
+    "max_position_embeddings": (1 << 31) - 1,
+}
 #: ``architectures`` of artifacts in native form (``native_form``), so that other loaders refuse them.
 NATIVE_ARCHITECTURE = "PacelineForCausalLM"
 #: That of a draft that reads states in the form that vLLM's ``eagle`` method loads.
@@ -118,29 +129,58 @@ def parse_model_config(hf: Mapping[str, Any], *, where: str = "config.json") -> 
         UnsupportedModelError: another architecture, rope scaling or activation.
         ArtifactError: fields that are missing or contradict each other.
     """
-    if NATIVE_ARCHITECTURE in (hf.get("architectures") or ()):
+    named = architectures(hf, where)
+    if NATIVE_ARCHITECTURE in named:
         raise UnsupportedModelError(
             f"{where} is in Paceline's native form, which only the server loads; "
             "paceline export DIR --standalone -o OUT makes a plain checkpoint of it"
         )
-    if EAGLE_ARCHITECTURE in (hf.get("architectures") or ()):
+    if EAGLE_ARCHITECTURE in named:
         raise UnsupportedModelError(
             f"{where} is a draft in the form for vLLM's eagle method; serve the artifact that it was exported from"
         )
     model_type = hf.get("model_type")
-    if model_type not in SUPPORTED:
+    if not isinstance(model_type, str) or model_type not in SUPPORTED:
         raise unsupported(f"model type {model_type!r} ({where})")
     if hf.get("hidden_act", "silu") != "silu":
         raise unsupported(f"activation {hf['hidden_act']!r} ({where})")
-    if hf.get("quantization_config"):
-        raise unsupported(f"quantization {hf['quantization_config'].get('quant_method')!r} ({where})")
+    if quantization := hf.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise unsupported(f"quantization {method!r} ({where})")
+    _check_sizes(hf, where)
+    reads_state = _reads_state(hf, where)
     from transformers import AutoConfig
 
     try:
         normal = AutoConfig.for_model(**deepcopy(dict(hf)))  # it writes into nested tables
-        return replace(_from_transformers(normal, where), reads_state=_reads_state(hf, where))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{where} is not a valid {model_type} configuration: {error}") from error
+        return replace(_from_transformers(normal, where), reads_state=reads_state)
+    except PacelineError:
+        raise
+    except Exception as error:  # transformers raises a dozen kinds for fields that make no sense
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{where} is not a valid {model_type} configuration: {reason}") from error
+
+
+def architectures(hf: Mapping[str, Any], where: str) -> list[Any]:
+    """What ``config.json`` names under ``architectures``.
+
+    Raises:
+        ArtifactError: that is no list.
+    """
+    named = hf.get("architectures") or []
+    if not isinstance(named, list):
+        raise ArtifactError(f"{where}: architectures must be a list of names, but is {named!r}")
+    return named
+
+
+def _check_sizes(hf: Mapping[str, Any], where: str) -> None:
+    """Sizes that nothing could be made of, or that would fill the memory before any tensor is looked at."""
+    for key, most in _SIZES.items():
+        value = hf.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ArtifactError(f"{where}: {key} must be a whole number from 1 to {most}, but is {value!r}")
 
 
 def _reads_state(hf: Mapping[str, Any], where: str) -> bool:

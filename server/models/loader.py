@@ -4,7 +4,6 @@ Equal checkpoints in equal formats are loaded once and shared. Owns nothing of r
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from paceline.kernels import dispatch
 from paceline.kernels.cpu.library import IsaUnavailable, Pool, best_isa
 from paceline.kernels.cpu.memory import compact
 from paceline.kernels.cpu.plan import DecoderPlan
@@ -176,15 +176,19 @@ def _draft_weights(checkpoint: Checkpoint, config: ModelConfig, weights: Weights
 def kernels_wanted(device: str) -> bool:
     """Whether the native CPU kernels run the models.
 
-    ``PACELINE_KERNELS``: ``torch`` switches them off, ``native`` insists on them. Warns once if they are missing.
+    ``PACELINE_KERNELS``: ``torch`` and ``triton`` run torch modules, ``native`` insists on them. Warns once if they are
+    missing.
 
     Raises:
         ConfigError: it insists in vain or says something else, or ``PACELINE_ISA`` names what is not here.
     """
-    wanted = os.environ.get("PACELINE_KERNELS") or "auto"
-    if wanted not in ("auto", "torch", "native"):
-        raise ConfigError(f"PACELINE_KERNELS is {wanted!r}; use torch or native, or leave it unset")
-    if device != "cpu" or wanted == "torch":
+    try:
+        wanted = dispatch.wanted()
+    except dispatch.UnknownKernelsError as error:
+        raise ConfigError(str(error)) from error
+    if wanted == "triton":
+        _check_triton(device)
+    if device != "cpu" or wanted in ("torch", "triton"):
         return False
     missing = native_missing()
     if missing is None:
@@ -194,6 +198,12 @@ def kernels_wanted(device: str) -> bool:
         raise ConfigError(f"PACELINE_KERNELS is native, but {missing}")
     _warn_missing(missing)
     return False
+
+
+def _check_triton(device: str) -> None:
+    missing = dispatch.triton_missing(device)
+    if missing is not None:
+        raise ConfigError(f"PACELINE_KERNELS is triton, but {missing}")
 
 
 def _check_isa() -> None:

@@ -17,40 +17,27 @@ import torch
 from torch import Tensor
 
 from paceline.kernels.formats import SparseWeight
-from paceline.server.errors import ArtifactError, UnsupportedModelError
+from paceline.server.errors import ArtifactError
 from paceline.server.models.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint, read_json
 from paceline.server.models.config import (
     EMBEDDING,
     HEAD,
     NATIVE_ARCHITECTURE,
     ModelConfig,
+    architectures,
     parse_model_config,
 )
-from paceline.server.models.manifest import MANIFEST, Manifest, check_base_weights, read_manifest
+from paceline.server.models.manifest import MANIFEST, check_base_weights
+from paceline.server.models.native_checks import Int8Rows, base_config, native_manifest, read_vocab, short
 from paceline.server.models.sparse_form import (
     SCALE,
-    SPARSE_FORMATS,
     SparseForm,
     part_names,
     sparse_names,
     take_quantization,
 )
 
-BASE_ARCHITECTURE = "base_architecture"
-FORMATS = ("fp32", "bf16", "int8", *SPARSE_FORMATS)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Rows:
-    """A quantized matrix as stored: int8 [out, in] in [-127, 127] and fp32 [out]."""
-
-    values: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """fp32 [out, in]."""
-        return self.values.float() * self.scale[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +56,7 @@ class _Place:
 def is_native_form(path: Path) -> bool:
     """Whether a folder is an artifact in native form."""
     config = path / "config.json"
-    return config.is_file() and NATIVE_ARCHITECTURE in (read_json(config).get("architectures") or ())
+    return config.is_file() and NATIVE_ARCHITECTURE in architectures(read_json(config), str(config))
 
 
 def open_model(path: Path, target: Checkpoint | None = None) -> Checkpoint:
@@ -115,14 +102,14 @@ class NativeCheckpoint:
     def __init__(self, folder: Path, target: Checkpoint | None = None) -> None:
         self.path = folder
         self._stored, self._target = SafetensorsCheckpoint(folder), target
-        self.manifest = _manifest(folder)
+        self.manifest = native_manifest(folder)
         self.sparse_form = SparseForm.parse(self.manifest.weights, f"{folder / MANIFEST}: weights")
         where = str(folder / "config.json")
         config = take_quantization(self._stored.hf_config, self.sparse_form, where)
-        self.hf_config: dict[str, Any] = _base_config(config, folder)
+        self.hf_config: dict[str, Any] = base_config(config, folder)
         self._stored_names = frozenset(self._stored.tensor_names())
         self._sparse_names = sparse_names(self._stored_names)
-        self.draft_vocab = self._read_vocab()
+        self.draft_vocab = read_vocab(self._stored, self.manifest.draft_vocab, self.hf_config)
         self._check_consistent()
         if target is not None and self.manifest.shared_with_target:
             self._check_target(target)
@@ -163,7 +150,7 @@ class NativeCheckpoint:
         place = self._place(name)
         tensor = place.read(place.name)
         if tensor.dtype not in _FLOATS:
-            raise ArtifactError(f"{self.path}: {name} is {_short(tensor)} and has no {name}{SCALE}")
+            raise ArtifactError(f"{self.path}: {name} is {short(tensor)} and has no {name}{SCALE}")
         self._check_head_rows(name, tensor)
         return tensor
 
@@ -180,8 +167,7 @@ class NativeCheckpoint:
             return None
         values, scale = place.read(place.name), place.read(place.name + SCALE)
         self._check_head_rows(name, values)
-        self._check_int8(name, values, scale)
-        return Int8Rows(values, scale)
+        return Int8Rows.checked(values, scale, f"{self.path}: {name}")
 
     def sparse(self, name: str) -> SparseWeight | None:
         """A linear that is stored sparse; None for all other tensors.
@@ -222,24 +208,6 @@ class NativeCheckpoint:
             )
         rows = self.draft_vocab.long() if name == HEAD and self.draft_vocab is not None else None
         return _Place(self._target, _name_in(self._target, name), rows)
-
-    def _read_vocab(self) -> Tensor | None:
-        name = self.manifest.draft_vocab
-        if name is None:
-            return None
-        if name not in self._stored_names:
-            raise ArtifactError(f"{self.path} has no tensor {name}, which {MANIFEST} names as draft_vocab")
-        ids, size = self._stored.tensor(name), int(self.hf_config.get("vocab_size", 0))
-        if ids.dtype is not torch.int32 or ids.dim() != 1 or not len(ids):
-            raise ArtifactError(f"{self.path}: {name} must be int32 [k], but is {_short(ids)}")
-        if not (ids[1:] > ids[:-1]).all():
-            raise ArtifactError(f"{self.path}: {name} must hold ascending ids, each once")
-        if ids[0] < 0 or ids[-1] >= size:
-            raise ArtifactError(
-                f"{self.path}: {name} holds ids from {int(ids[0])} to {int(ids[-1])}, "
-                f"but the vocabulary is 0 to {size - 1}"
-            )
-        return ids
 
     def _check_consistent(self) -> None:
         problem = next(self._problems(), None)
@@ -282,16 +250,6 @@ class NativeCheckpoint:
                 f"{self.hf_config.get('hidden_size')} and the target {theirs}: it needs tensors of its own"
             )
 
-    def _check_int8(self, name: str, values: Tensor, scale: Tensor) -> None:
-        fits = values.dtype is torch.int8 and values.dim() == 2 and scale.dtype is torch.float32
-        if not fits or scale.shape != values.shape[:1]:
-            raise ArtifactError(
-                f"{self.path}: {name} and its scales must be int8 [out, in] and fp32 [out], "
-                f"but are {_short(values)} and {_short(scale)}"
-            )
-        if (values == -128).any():
-            raise ArtifactError(f"{self.path}: {name} holds -128; int8 weights are in [-127, 127]")
-
     def _check_head_rows(self, name: str, tensor: Tensor) -> None:
         if name == HEAD and self.draft_vocab is not None and len(tensor) != len(self.draft_vocab):
             raise ArtifactError(
@@ -307,30 +265,3 @@ def head_name(checkpoint: Checkpoint) -> str:
 
 def _name_in(target: Checkpoint, name: str) -> str:
     return head_name(target) if name == HEAD else name
-
-
-def _base_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    base = config.get(BASE_ARCHITECTURE)
-    expected = f"{config.get('model_type')}ForCausalLM"
-    if not isinstance(base, str) or base.lower() != expected.lower():
-        raise ArtifactError(
-            f"{folder / 'config.json'}: {BASE_ARCHITECTURE} must name the architecture of model_type "
-            f"{config.get('model_type')!r}, but is {base!r}"
-        )
-    plain = {key: value for key, value in config.items() if key != BASE_ARCHITECTURE}
-    return plain | {"architectures": [base]}
-
-
-def _manifest(folder: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ArtifactError(f"{folder} is in native form, but has no {MANIFEST}")
-    if manifest.weights["format"] not in FORMATS:
-        raise UnsupportedModelError(
-            f"{folder} holds {manifest.weights['format']} weights; this version loads {', '.join(FORMATS)}"
-        )
-    return manifest
-
-
-def _short(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

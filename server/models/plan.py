@@ -14,7 +14,7 @@ from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.cpu.sparse import pack_sparse
 from paceline.kernels.formats import Format, PackedLinear, SparseWeight, interleave_rows
 from paceline.server.models.config import EMBEDDING, FC, FINAL_NORM, HEAD, ModelConfig
-from paceline.server.models.native_form import Int8Rows
+from paceline.server.models.native_checks import Int8Rows
 
 #: Fetches a checkpoint tensor by its Hugging Face name as fp32 on CPU.
 Fetch = Callable[[str], Tensor]
@@ -129,7 +129,7 @@ class PlanBuilder:
         if all(weight is None for weight in stored):
             return None
         parts = [self._masked(name, weight) for name, weight in zip(names, stored, strict=True)]
-        values, kept = (join([part[i] for part in parts]) for i in (0, 1))
+        values, kept = join([values for values, _, _ in parts]), join([kept for _, kept, _ in parts])
         scales = [scale for _, _, scale in parts if scale is not None]
         return pack_sparse(values, kept, self._format, join(scales) if scales else None, bias)
 

@@ -1,30 +1,36 @@
-"""Sparse linears as torch modules."""
+"""A linear layer whose weight is sparse, as torch modules run it: ``kernels.ops`` decides how."""
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from paceline.kernels.formats import SparseWeight
+from paceline.kernels import ops
+from paceline.kernels.formats import SparseTiles, SparseWeight, pack_tiles
 
 
 class SparseLinear(nn.Module):
-    """``x @ weight.T + bias`` for a sparse weight, which is expanded when it is made."""
+    """``x @ W.T + bias`` for a sparse W [out, in]; for inference only.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+    Args:
+        tiles: the weight as kernels read it, on the device of the bias.
+        bias: [out], in the type of the activations or fp32.
+    """
+
+    def __init__(self, tiles: SparseTiles, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight, self.bias, self.scale = weight, bias, scale
-        parts = (weight, bias, scale)
-        #: What one forward reads.
-        self.num_bytes = sum(part.numel() * part.element_size() for part in parts if part is not None)
+        self.out_features, self.in_features = tiles.out_features, tiles.in_features
+        self.tiles = tiles
+        self.bias = bias
 
     @classmethod
     def from_weight(cls, weight: SparseWeight, bias: Tensor | None = None) -> "SparseLinear":
-        """Expand; int8 is dequantized when it is used, to the type of its input."""
-        return cls(weight.stored(), bias, weight.scale)
+        """Repack a weight as artifacts hold it."""
+        return cls(pack_tiles(weight), bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one forward reads."""
+        bias = self.bias
+        return self.tiles.num_bytes + (0 if bias is None else bias.numel() * bias.element_size())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[rows, in] -> [rows, out]."""
-        if self.scale is None:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x, (self.weight.to(torch.float32) * self.scale[:, None]).to(x.dtype), self.bias)
+        """[rows, in] -> [rows, out] in the type of ``x``."""
+        return ops.sparse_linear(x, self.tiles, self.bias)

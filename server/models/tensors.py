@@ -13,7 +13,8 @@ from paceline.kernels.formats import SparseWeight
 from paceline.server.errors import ArtifactError
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import ModelConfig
-from paceline.server.models.native_form import Int8Rows, stored_int8, stored_sparse
+from paceline.server.models.native_checks import Int8Rows
+from paceline.server.models.native_form import stored_int8, stored_sparse
 from paceline.server.models.progress import Update
 
 _FP32_BYTES = 4

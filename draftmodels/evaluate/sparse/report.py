@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,10 +127,14 @@ def _speed(found: Found) -> Table:
 def _layers(layers: Sequence[LayerSparsity]) -> Table:
     names = list(layers[0].linears)
     table = _table("sparsity per layer", "all", *(name.removesuffix("_proj") for name in names))
-    for layer in layers:
-        cells = (f"{layer.linears[name]:.1%}" for name in names)
-        table.add_row(str(layer.layer), f"{layer.sparsity:.1%}", *cells)
+    for cells, run in groupby(layers, lambda layer: _cells(layer, names)):
+        alike = [layer.layer for layer in run]
+        table.add_row(str(alike[0]) if len(alike) == 1 else f"{alike[0]}-{alike[-1]}", *cells)
     return table
+
+
+def _cells(layer: LayerSparsity, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{share:.1%}" for share in (layer.sparsity, *(layer.linears[name] for name in names)))
 
 
 def _share(value: float | None) -> str:

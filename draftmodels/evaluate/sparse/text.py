@@ -60,7 +60,9 @@ def dataset(source: str) -> str:
 def last_words(sequence: TokenSequence, tokenizer: Tokenizer) -> list[range]:
     """Token positions of the last words of the sentences that count, each of whole tokens."""
     pieces = [tokenizer.token_bytes(token) for token in sequence.tokens]
-    starts, ends, at = {}, {}, 0
+    starts: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    at = 0
     for index, piece in enumerate(pieces):
         # A token may bring the space before its word along.
         starts.setdefault(at + len(piece) - len(piece.lstrip(b" ")), index)

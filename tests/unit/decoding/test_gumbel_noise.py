@@ -9,7 +9,8 @@ from scipy import stats
 
 from paceline.kernels.cpu.library import ISAS, Isa, usable_isas
 from paceline.kernels.cpu.library import gumbel as native_gumbel
-from paceline.server.decoding.noise import gumbel, streams
+from paceline.kernels.noise import streams
+from paceline.server.decoding.noise import gumbel
 
 torch.set_num_threads(1)
 
@@ -77,7 +78,7 @@ def test_values_are_pinned() -> None:
 def test_has_fine_tails(monkeypatch: pytest.MonkeyPatch) -> None:
     # The extreme words of the mixer: the smallest and largest uniforms stay strictly inside (0, 1).
     words = torch.tensor([[0, -1, 2**63 - 1, -(2**63)]])
-    monkeypatch.setattr("paceline.server.decoding.noise._mix_", lambda mixed, _: mixed.copy_(words))
+    monkeypatch.setattr("paceline.kernels.noise._mix_", lambda mixed, _: mixed.copy_(words))
     values = streams(torch.zeros(1, dtype=torch.int64), 4)[0]
     lowest, highest = -np.log(53 * np.log(2)), 53 * np.log(2)
     assert values[0].item() == pytest.approx(lowest, rel=1e-6)

@@ -135,7 +135,7 @@ def test_wrong_values_are_one_clear_error(fresh, tiny_checkpoint):
     with pytest.raises(ConfigError, match=r"^PACELINE_ISA is 'sse2'; usable on this machine: portable"):
         tiny_engine(spec(tiny_checkpoint("llama")))
     fresh.setenv("PACELINE_KERNELS", "cuda")
-    with pytest.raises(ConfigError, match=r"^PACELINE_KERNELS is 'cuda'; use torch or native"):
+    with pytest.raises(ConfigError, match=r"^PACELINE_KERNELS is 'cuda'; use native, torch or triton"):
         tiny_engine(spec(tiny_checkpoint("llama")))
 
 

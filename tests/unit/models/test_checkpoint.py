@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,3 +113,17 @@ def test_pickled_weights_are_refused_unopened(folder: Path) -> None:
     for path in (folder, folder / "pytorch_model.bin"):
         with pytest.raises(ArtifactError, match="pickled weights"):
             open_checkpoint(path)
+
+
+def test_tensors_lie_where_native_code_may_read_them(tmp_path: Path) -> None:
+    """A header may have any length; what is mapped behind it then lies at odd addresses."""
+    values = torch.arange(6, dtype=torch.float32)
+    save_file({"w": values}, tmp_path / "model.safetensors")
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    odd = struct.pack("<Q", length + 1) + raw[8 : 8 + length] + b" " + raw[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(odd)
+    (tmp_path / "config.json").write_text("{}")
+    tensor = open_checkpoint(tmp_path).tensor("w")
+    assert tensor.data_ptr() % tensor.element_size() == 0
+    assert torch.equal(tensor, values)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paceline.draftmodels.artifact import write_student
 from paceline.kernels.cpu.plan import DecoderPlan
+from paceline.kernels.cpu.sparse import pack_sparse
 from paceline.kernels.formats import PackedLinear, Pattern, SparseWeight
 from paceline.server.errors import ArtifactError, UserError
 from paceline.server.models import plan as plan_module
@@ -55,14 +56,13 @@ def logits(plan: DecoderPlan) -> Tensor:
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What is kept of every linear that is packed sparse."""
     shares: list[float] = []
-    pack = plan_module.pack_sparse
 
     def recording(values: Tensor, kept: Tensor, *rest: Any) -> PackedLinear:
         assert kept.dtype is torch.bool
         assert kept.shape == values.shape
         assert not values[~kept].any()
         shares.append(float(kept.float().mean()))
-        return pack(values, kept, *rest)
+        return pack_sparse(values, kept, *rest)
 
     monkeypatch.setattr(plan_module, "pack_sparse", recording)
     return shares
