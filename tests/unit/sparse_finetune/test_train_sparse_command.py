@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from recovery_job import CPU, opened_models, small_recipe
 
 from paceline.clients import console
+from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.jobs.metrics import read_metrics
+from paceline.draftmodels.local_engine import LocalEngine
+from paceline.draftmodels.sparse_finetune.batch import make_batch
 from paceline.draftmodels.sparse_finetune.opening import open_student
 from paceline.draftmodels.sparse_finetune.recipe import (
     Recipe,
@@ -91,6 +95,27 @@ def test_a_run_leaves_a_better_student(
     report = (run / "report.html").read_text()
     assert report.count("<img") == 3
     assert "seed" in report
+
+
+def test_the_engine_serves_what_was_exported(student: Path, tmp_path: Path, data: Path) -> None:
+    """In fp32, so that tokens are the same; int8 activations, which the engine has and training not, would flip some."""
+    more = ("--max-steps", "3", "--quantize", "none")
+    assert console.main(arguments(student, data, tmp_path / "run", *more)) == 0
+    best = NativeCheckpoint(tmp_path / "run" / "best")
+    model, _, _ = opened_models(best.path, Path(best.manifest.base.id), small_recipe())
+    local = LocalEngine(str(best.path), weights="fp32", threads=1, streams=2)
+    try:
+        (answer,) = local.generate([[5, 6, 7]], temperature=0.0, max_tokens=6, seed=0)
+    finally:
+        local.close()
+    tokens: list[int] = [5, 6, 7]
+    for _ in range(6):
+        batch = make_batch([TokenSequence(tuple(tokens), 1)], CPU, answers_only=True)
+        with torch.no_grad():
+            tokens.append(int((model(batch)[-1][-1] @ model.head.T).argmax()))
+    served = list(answer.tokens)
+    assert len(served) > 3
+    assert served == tokens[: len(served)]
 
 
 def test_an_exported_student_can_be_trained_again(student: Path, tmp_path: Path, data: Path) -> None:
