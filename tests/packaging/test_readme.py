@@ -74,7 +74,7 @@ def test_the_table_of_commands_is_complete() -> None:
     table = re.findall(
         r"^\| `paceline ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert sorted(table) == sorted(COMMANDS)
+    assert sorted(set(table)) == sorted(COMMANDS)  # a group has a row per command of its
 
 
 def test_python_parses() -> None:
