@@ -3,15 +3,12 @@
 One file with its pictures inside (PNG, matplotlib). Reads ``metrics.jsonl`` only, so it can be made at any time.
 """
 
-import base64
-import html
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from paceline.draftmodels.distill.metrics import read_metrics
+from paceline.draftmodels.html_page import page
 
 Line = Mapping[str, Any]
 
@@ -29,7 +26,7 @@ def write_report(run: Path, about: Mapping[str, Any]) -> Path:
     measured = list({line["step"]: line["measured"] for line in lines if "measured" in line}.values())
     pictures = [_loss(steps), _alpha(steps, measured), _tau(measured)]
     path = run / "report.html"
-    path.write_text(_page(pictures, measured, about), encoding="utf-8")
+    path.write_text(page("Training run", pictures, {**about, "measured": measured}), encoding="utf-8")
     return path
 
 
@@ -82,22 +79,3 @@ def _running(values: Sequence[float], weight: float = 0.05) -> list[float]:
     for value in values:
         result.append(value if not result else result[-1] + weight * (value - result[-1]))
     return result
-
-
-def _page(figures: Sequence[Any], measured: Sequence[Line], about: Mapping[str, Any]) -> str:
-    images = "\n".join(f'<img alt="plot" src="data:image/png;base64,{_png(figure)}">' for figure in figures)
-    texts = "\n".join(
-        f"<h2>{html.escape(name)}</h2><pre>{html.escape(json.dumps(value, indent=2))}</pre>"
-        for name, value in (dict(about) | {"measured": list(measured)}).items()
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Paceline training run</title>'
-        "<style>body{font-family:sans-serif;max-width:60rem;margin:auto}pre{overflow:auto}</style></head>"
-        f"<body><h1>Training run</h1>\n{images}\n{texts}</body></html>\n"
-    )
-
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()

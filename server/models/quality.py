@@ -81,7 +81,7 @@ class Judge:
         for (logits, labels), expected in zip(
             self._run(plan, torch.bfloat16, self._windows[:windows]), self._expected, strict=windows is None
         ):
-            sums += _compare(logits, expected.float(), labels)
+            sums += compare(logits, expected.float(), labels)
             positions += len(labels)
         kl, nll, reference_nll, agreed = (sums / positions).tolist()
         return Quality(kl, math.exp(nll), math.exp(reference_nll), agreed, positions)
@@ -101,8 +101,17 @@ class Judge:
                 yield logits, torch.tensor(window[start + 1 : start + 1 + len(rows)])
 
 
-def _compare(logits: Tensor, expected: Tensor, labels: Tensor) -> Tensor:
-    """Sums over rows: KL, negative log-likelihoods of plan and reference, equal choices. fp64 [4]."""
+def compare(logits: Tensor, expected: Tensor, labels: Tensor) -> Tensor:
+    """Sums over rows: KL(reference || plan), negative log-likelihoods of plan and reference, equal choices.
+
+    Args:
+        logits: of the plan, fp32 [rows, vocab].
+        expected: log-probabilities of the reference, fp32 [rows, vocab].
+        labels: the next tokens, int64 [rows].
+
+    Returns:
+        fp64 [4].
+    """
     got = logits.log_softmax(-1)
     kl = (expected.exp() * (expected - got)).sum(dtype=torch.float64)
     nll = [-rows.gather(1, labels[:, None]).sum(dtype=torch.float64) for rows in (got, expected)]
