@@ -27,7 +27,7 @@ class Grams:
     """One matrix per group of ``SHARED_INPUTS``.
 
     Products of one batch are fp32; they are added up in fp64, as small eigenvalues would drown in the rounding of large
-    ones. Batches may run on several threads at once; whoever adds them up does so in order, for the same sums each time.
+    ones. Batches may run on several threads at once; whoever adds them up keeps their order, for the same sums.
     """
 
     def __init__(self, block: Block) -> None:
