@@ -21,8 +21,8 @@ from paceline.server.engine.interface import Tokenizer
 from paceline.server.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
-#: A text that the target writes unasked has the same chance of a long prompt as of a long answer.
-_PROMPT_SHARE = 4
+#: Prompts that the target writes have a quarter of a sequence, and at least this where that leaves half of it.
+_PROMPT_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _written(recipe: Recipe, target: str, count: int) -> list[TokenSequence]:
 
 def _own_prompts(local: LocalEngine, recipe: Recipe, count: int) -> list[tuple[int, ...]]:
     if local.tokenizer.has_chat_template:
-        longest = max(recipe.sequence_tokens // _PROMPT_SHARE, 64)
+        longest = min(max(recipe.sequence_tokens // 4, _PROMPT_TOKENS), recipe.sequence_tokens // 2)
         written = self_prompts(local, count, seed=recipe.seed, max_prompt_tokens=longest)
         return [prompt.tokens for prompt in written]
     begin = tuple(local.tokenizer.encode("")) or tuple(sorted(local.tokenizer.eos_ids)[:1])
