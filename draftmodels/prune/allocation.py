@@ -31,7 +31,7 @@ def owl(ratios: Sequence[float], sparsity: float, bound: float) -> list[float]:
     widest = deviation.abs().max()
     if widest == 0:
         return uniform(sparsity, len(ratios))
-    return (sparsity - bound * deviation / widest).tolist()  # type: ignore[no-any-return]
+    return [sparsity - bound * float(own) for own in deviation / widest]
 
 
 def outlier_ratio(scores: Sequence[Tensor], factor: float) -> float:

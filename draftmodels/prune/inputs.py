@@ -43,7 +43,8 @@ class Grams:
     @contextmanager
     def listening(self) -> Iterator[Products]:
         """While this lasts, what this thread runs through the block leaves its products in the mapping."""
-        self._thread.products = products = {}
+        products: Products = {}
+        self._thread.products = products
         try:
             yield products
         finally:

@@ -89,7 +89,7 @@ def _of_file(
     if not prompts:
         raise DataError(f"{path} holds no text that can be used")
     training, kept = split_held_out(prompts, held_out, recipe.seed)
-    return tuple([_sequence(prompt, recipe) for prompt in part] for part in (training, kept))  # type: ignore[return-value]
+    return [_sequence(prompt, recipe) for prompt in training], [_sequence(prompt, recipe) for prompt in kept]
 
 
 def _sequence(prompt: Prompt, recipe: Recipe) -> TokenSequence:
