@@ -3,7 +3,7 @@
 Notation of DistillSpec (2310.08461): p is the target's distribution, q the draft's. Every loss takes log p and log q,
 fp32 [rows, categories], and returns one value per row, [rows], in nats where it is an entropy. Gradients flow through
 log q only. Categories are the vocabulary, or the target's top-k tokens plus one bucket for the rest
-(``top_k_buckets``). Knows nothing of models, batches or reduction.
+(``top_k_buckets``). ``square_head`` compares hidden states instead. Knows nothing of models, batches or reduction.
 
 q is normalised over the last dimension. p may be a sub-distribution: the part of the target on the ids that a draft of
 a restricted vocabulary proposes, of mass m <= 1, with q = 0 on all others. RKL, TVD, LK and acceptance are then those
@@ -13,7 +13,7 @@ the sum over the proposed ids: least at q = p / m, where it is m log m <= 0. Gra
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from paceline.server.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+#: What SquareHead adds to a layer's mean square (2310.06927).
+SQUARE_HEAD_EPS = 2.0**-7
 
 
 def _expectation(log_weights: Tensor, values: Tensor) -> Tensor:
@@ -91,6 +93,28 @@ class HybridLK:
 def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
     """-log q(label): labels int64 [rows]. With the target's own samples as labels it is SeqKD."""
     return F.nll_loss(log_q, labels, reduction="none")
+
+
+def square_head(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    rows: int | None = None,
+    mean_squares: Tensor | None = None,
+) -> Tensor:
+    """SquareHead (2310.06927) per layer, mean((H_s - H_t)^2) / (mean(H_t^2) + 2^-7), [layers]; their sum is the loss.
+
+    Args:
+        student, teacher: for each block its output, the last one after the final norm; [rows, hidden], all positions
+            that are not padding, of prompt and answer alike. The embedding's output is not among them.
+        rows: of the whole batch, where these are a part of it; parts then sum to what the whole batch gives.
+        mean_squares: mean(H_t^2) of each layer over the whole batch, [layers]; None takes the rows given.
+    """
+    errors = torch.stack([(s - t).square().mean() for s, t in zip(student, teacher, strict=True)])
+    if mean_squares is None:
+        mean_squares = torch.stack([t.square().mean() for t in teacher])
+    share = 1.0 if rows is None else len(student[0]) / rows
+    return errors * share / (mean_squares.to(errors) + SQUARE_HEAD_EPS)
 
 
 def interpolate(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -1,12 +1,14 @@
 """``paceline train-draft``: arguments and printing only. Heavy libraries are imported inside the command."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from paceline.draftmodels.distill.config import load_recipe, recipe_keys, resumed_recipe
+from paceline.draftmodels.jobs.recipes import check_new_run, save_start, saved_start
 from paceline.server.config.flags import with_flags
 from paceline.server.errors import ConfigError
 
@@ -35,12 +37,12 @@ def train_draft(
     """
     if resume and recipe is not None:
         raise ConfigError("--recipe: a resumed run keeps the recipe that it was started with; leave it out")
-    from paceline.draftmodels.distill.job import run_job, save_recipe, saved_recipe
-    from paceline.draftmodels.distill.ranks import Ranks
+    from paceline.draftmodels.distill.job import run_job
+    from paceline.draftmodels.jobs.ranks import Ranks
     from paceline.server.log import configure_logging
 
     if resume:
-        started_for, saved = saved_recipe(output)
+        started_for, saved = saved_start(output, "target")
         if target != started_for:
             raise ConfigError(f"TARGET: {output} was started for {started_for}, not {target}")
         chosen = resumed_recipe(saved, flags, str(output))
@@ -49,9 +51,9 @@ def train_draft(
     configure_logging("text")
     ranks = Ranks.from_environment()
     if ranks.is_main:
-        if not resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ConfigError(f"{output} is in use; go on with --resume or name another folder")
-        save_recipe(output, target, chosen)
+        if not resume:
+            check_new_run(output)
+        save_start(output, "target", target, asdict(chosen))
     ranks.from_main(None)  # the others wait until the folder is there
     outcome = run_job(target, chosen, output, ranks)
     if ranks.is_main:

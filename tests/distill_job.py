@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from paceline.draftmodels.data.sequences import TokenSequence
-from paceline.draftmodels.distill.checkpoint import JobState, load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import new_draft
 from paceline.draftmodels.distill.layout import Tokens
-from paceline.draftmodels.distill.parts import Parts
-from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
+from paceline.draftmodels.distill.parts import DraftState, Parts
 from paceline.draftmodels.distill.trainer import Trainer
+from paceline.draftmodels.jobs.checkpoint import JobState, load_checkpoint
+from paceline.draftmodels.jobs.ranks import ONE_RANK, Ranks
 from paceline.draftmodels.teacher import TeacherRows
 from paceline.server.models.checkpoint import open_checkpoint
 
@@ -113,7 +113,7 @@ def make_trainer(
         ranks=ranks,
     )
     run.mkdir(parents=True, exist_ok=True)
-    return Trainer(recipe, new, run, parts, load_checkpoint(run))
+    return Trainer(recipe, new, run, parts, load_checkpoint(run, DraftState))
 
 
 def small_recipe(**changes: Any) -> Recipe:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from paceline.draftmodels.data.seeds import derive_seed
 from paceline.draftmodels.data.sequences import TokenSequence
@@ -21,6 +21,18 @@ from paceline.server.errors import DataError, InvalidRequestError
 #: Category of prompts that name none.
 NO_CATEGORY = "all"
 _ANSWERS = ("answer", "completion")
+
+
+class Tokenized(Protocol):
+    """What is known by its tokens."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids."""
+        ...
+
+
+_Item = TypeVar("_Item", bound=Tokenized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +61,15 @@ def read_prompts(path: Path, tokenizer: Tokenizer) -> list[Prompt]:
     """
     is_json = path.suffix == ".jsonl"
     prompts = [
-        _parsed(line, tokenizer, where) if is_json else _plain(line, tokenizer)
-        for where, line in _lines(path)
+        parse_prompt(parse_object(line, where), tokenizer, where) if is_json else _plain(line, tokenizer)
+        for where, line in lines_of(path)
     ]
     if not prompts:
         raise DataError(f"{path} holds no prompts")
     return prompts
 
 
-def split_held_out(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split_held_out(prompts: Sequence[_Item], held_out: int, seed: int) -> tuple[list[_Item], list[_Item]]:
     """Divide prompts into those to train on and those to measure with, each in the given order.
 
     Which side a prompt is on depends on its tokens, so that equal prompts are on one side; a held-out one is measured
@@ -80,15 +92,19 @@ def split_held_out(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple
         )
     ranked = sorted(distinct, key=lambda tokens: derive_seed(seed, "held out", *tokens))
     chosen = set(ranked[:held_out])
-    kept: dict[tuple[int, ...], Prompt] = {}
+    kept: dict[tuple[int, ...], _Item] = {}
     for prompt in prompts:
         if prompt.tokens in chosen:
             kept.setdefault(prompt.tokens, prompt)
     return [prompt for prompt in prompts if prompt.tokens not in chosen], list(kept.values())
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(file and line number, text) of every line that is not empty."""
+def lines_of(path: Path) -> Iterator[tuple[str, str]]:
+    """(file and line number, text) of every line that is not empty.
+
+    Raises:
+        DataError: an unreadable file, or one that is not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -109,13 +125,27 @@ def _plain(line: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(_encoded(line, tokenizer))
 
 
-def _parsed(line: str, tokenizer: Tokenizer, where: str) -> Prompt:
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        DataError: it is none.
+    """
     try:
         entry = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}; a .jsonl file has one object per line") from error
     if not isinstance(entry, dict):
         raise DataError(f'{where}: must be an object such as {{"prompt": "..."}}')
+    return entry
+
+
+def parse_prompt(entry: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Prompt:
+    """A prompt, with its answer if there is one, from an object with the keys that the module's text names.
+
+    Raises:
+        DataError: keys that are missing, contradict each other or hold something else.
+    """
     if ("prompt" in entry) == ("messages" in entry):
         raise DataError(f"{where}: must have either prompt or messages")
     answer = _answer(entry, where)

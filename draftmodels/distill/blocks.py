@@ -4,7 +4,7 @@ The arithmetic is that of ``server.models.llama``, without a cache: keys and val
 is told by a mask who sees whom (``layout``). Rows are packed, [rows, features].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from paceline.server.models.config import ModelConfig
 from paceline.server.models.layers import Rotary, rotate
 
 Angles = tuple[Tensor, Tensor]
+#: Attention over keys and values that it already has: queries [rows, heads, head_dim] -> [rows, heads * head_dim].
+Attention = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Attend:
         repeats = q.shape[1] // self.keys[0].shape[2]
         k, v = (_heads_first(parts).repeat_interleave(repeats, 1) for parts in (self.keys, self.values))
         padded = self.place.spread(q).transpose(1, 2)
-        out = F.scaled_dot_product_attention(padded, k, v, attn_mask=self.mask)
+        out = F.scaled_dot_product_attention(padded, k, v, attn_mask=self.mask, is_causal=self.mask is None)
         return self.place.collect(out.transpose(1, 2)).flatten(1)
 
 
@@ -61,7 +63,7 @@ class SelfAttention(nn.Module):
         k = k if self.k_norm is None else self.k_norm(k)
         return rotate(k, angles), self._heads(self.v_proj(x))
 
-    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attend: Attention) -> Tensor:
         """[rows, hidden] -> [rows, hidden]."""
         q = self._heads(self.q_proj(x))
         q = q if self.q_norm is None else self.q_norm(q)
@@ -103,7 +105,7 @@ class Block(nn.Module):
         """What later rows see of these rows."""
         return self.self_attn.keys_values(self.input_layernorm(x), angles)
 
-    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attend: Attention) -> Tensor:
         """[rows, hidden] -> [rows, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), angles, attend)
         y: Tensor = x + self.mlp(self.post_attention_layernorm(x))

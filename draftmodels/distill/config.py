@@ -1,11 +1,9 @@
-"""The recipe of a training job: every key once, from a TOML file (``--recipe``) and flags, where the flag wins.
+"""The recipe of a draft's training job: every key once (``jobs.recipes`` fills it from a file and flags).
 
-A key that is added to ``Recipe`` is a key of the file and a flag at once (``server.config`` reads, checks and explains
-them). Contradictions are errors, not silently ignored keys. Knows nothing of how training is done.
+Contradictions are errors, not silently ignored keys. Knows nothing of how training is done.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -13,18 +11,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from paceline.draftmodels.distill.budget import Budget, Patience, parse_count, parse_seconds
-from paceline.server.config.load import nearest
-from paceline.server.config.schema import Key, key_field, keys_of
-from paceline.server.config.values import convert
+from paceline.draftmodels.jobs.budget import Budget, Patience, parse_count, parse_seconds
+from paceline.draftmodels.jobs.recipes import Places, RecipeKind
+from paceline.server.config.schema import Key, key_field
 from paceline.server.errors import ConfigError
 
 #: Unless the recipe says otherwise.
 DEFAULT_SECONDS = 20 * 60.0
 #: What a resumed job may have otherwise than before.
 _CHANGEABLE = ("max_time", "max_tokens", "max_steps", "patience", "threads")
-#: Packaged recipes, by name.
-_RECIPES = files("paceline.draftmodels.distill").joinpath("recipes")
 
 
 @dataclass(frozen=True)
@@ -170,83 +165,32 @@ class Recipe:
 
 
 @cache
+def _kind() -> RecipeKind[Recipe]:
+    packaged = files("paceline.draftmodels.distill").joinpath("recipes")
+    return RecipeKind(Recipe, packaged, _check, _CHANGEABLE)
+
+
 def recipe_keys() -> tuple[Key, ...]:
     """Every key of a recipe."""
-    return tuple(keys_of("recipe", Recipe).values())
+    return _kind().keys()
 
 
 def load_recipe(path: str | None, flags: Mapping[str, object]) -> Recipe:
-    """The recipe from a file, or a packaged one by its name, and flags.
-
-    Raises:
-        ConfigError: unknown key, wrong value, or keys that contradict each other.
-    """
-    values, places = {}, {}
-    known = {key.name.rstrip("_"): key for key in recipe_keys()}
-    for name, value in (_read(path) if path is not None else {}).items():
-        place = f"{path}:{name}"
-        if name not in known:
-            raise ConfigError(f"{place}: unknown key; {nearest(name, known)}")
-        key = known[name]
-        values[key.name] = convert(key, value, place, text=False)
-        places[key.name] = place
-    for key in recipe_keys():
-        if (given := flags.get(key.param)) is not None:
-            values[key.name] = convert(key, given, key.flag, text=True)
-            places[key.name] = key.flag
-    recipe = Recipe(**values)
-    _check(recipe, places)
-    return recipe
+    """See ``RecipeKind.load``."""
+    return _kind().load(path, flags)
 
 
 def resumed_recipe(saved: Mapping[str, Any], flags: Mapping[str, object], where: str) -> Recipe:
-    """The recipe that a run was started with; flags may change only what does not change its course.
-
-    Raises:
-        ConfigError: a flag that asks for another job, or a recipe of another version.
-    """
-    try:
-        before = Recipe(**saved)
-    except TypeError as error:
-        raise ConfigError(f"{where} is not a recipe of this version: {error}") from None
-    values = dict(saved)
-    for key in recipe_keys():
-        if (given := flags.get(key.param)) is None:
-            continue
-        value = convert(key, given, key.flag, text=True)
-        if value != getattr(before, key.name) and key.name not in _CHANGEABLE:
-            raise ConfigError(
-                f"{key.flag}: the run was started with {getattr(before, key.name)}; leave it out, or start a new run"
-            )
-        values[key.name] = value
-    recipe = Recipe(**values)
-    _check(recipe, {name: f"--{name.replace('_', '-')}" for name in _CHANGEABLE})
-    return recipe
-
-
-def _read(path: str) -> dict[str, Any]:
-    packaged = _RECIPES.joinpath(f"{path}.toml") if "/" not in path and "." not in path else None
-    try:
-        source = packaged if packaged is not None and packaged.is_file() else Path(path)
-        return tomllib.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"--recipe: there is no file {path}; packaged are: {', '.join(packaged_recipes())}"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"--recipe: {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    """See ``RecipeKind.resumed``."""
+    return _kind().resumed(saved, flags, where)
 
 
 def packaged_recipes() -> list[str]:
     """Names that ``--recipe`` knows beside files."""
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in _RECIPES.iterdir() if entry.name.endswith(".toml")
-    )
+    return _kind().names()
 
 
-def _check(recipe: Recipe, places: Mapping[str, str]) -> None:
+def _check(recipe: Recipe, places: Places) -> None:
     """Refuse keys that would have no effect, and values that only make sense together."""
 
     def refuse(name: str, why: str) -> None:
@@ -286,7 +230,7 @@ def _temperatures(text: str, place: str) -> tuple[float, ...]:
     return tuple(float(part) for part in parts)
 
 
-def _check_init(recipe: Recipe, places: Mapping[str, str], refuse: Any) -> None:
+def _check_init(recipe: Recipe, places: Places, refuse: Any) -> None:
     feature, random = recipe.init == "feature", recipe.init == "random"
     if not (feature or random):
         refuse(

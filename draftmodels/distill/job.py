@@ -1,10 +1,9 @@
 """A training job with everything real: opens target, engine, prompts and teacher, and runs the trainer over them."""
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,19 +13,19 @@ from torch import Tensor
 
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.data.templates import end_of_answer
-from paceline.draftmodels.distill.checkpoint import JobState, Loaded, load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.export import ArtifactAbout, export_draft
 from paceline.draftmodels.distill.initialise import NewDraft, new_draft, own_vocab
 from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.objective import Rows
-from paceline.draftmodels.distill.parts import Parts
-from paceline.draftmodels.distill.ranks import Ranks
+from paceline.draftmodels.distill.parts import DraftState, Parts, without_vocab
 from paceline.draftmodels.distill.report import write_report
-from paceline.draftmodels.distill.show import shown
 from paceline.draftmodels.distill.sources import EngineJudge, EngineText, open_prompts
 from paceline.draftmodels.distill.trainer import Trainer
 from paceline.draftmodels.distill.vocab import TOP_K, expected_vocabulary
+from paceline.draftmodels.jobs.checkpoint import Loaded, load_checkpoint
+from paceline.draftmodels.jobs.ranks import Ranks
+from paceline.draftmodels.jobs.show import shown
 from paceline.draftmodels.local_engine import LocalEngine
 from paceline.draftmodels.provenance import provenance
 from paceline.draftmodels.teacher import Teacher
@@ -46,7 +45,7 @@ class Outcome:
 
     run: Path
     best: Path
-    state: JobState
+    state: DraftState
 
 
 class EngineTeacher:
@@ -97,14 +96,14 @@ class _Job:
 
     def work(self) -> Outcome:
         recipe, run = self.recipe, self.run
-        loaded = load_checkpoint(run)
+        loaded = load_checkpoint(run, DraftState)
         # Ranks other than the main one write nothing: it tells them what it has found or made.
         prompts = open_prompts(recipe, self.local, run) if self.ranks.is_main else None
         text = None if prompts is None else EngineText(recipe, self.local, prompts, run / "shards")
         vocab_ids = self._vocabulary(text, loaded)
         new = new_draft(recipe, self.checkpoint, vocab_ids)
         about = self._about()
-        with shown(main=self.ranks.is_main) as progress:
+        with shown(_described, main=self.ranks.is_main) as progress:
             parts = Parts(
                 text=cast(EngineText, text),
                 teacher=EngineTeacher(self.local, vocab_ids, recipe),
@@ -120,12 +119,12 @@ class _Job:
             write_report(run, {"recipe": about.recipe, "provenance": about.provenance, "target": self.target})
         return Outcome(run, run / "best", state)
 
-    def _vocabulary(self, text: EngineText | None, loaded: Loaded | None) -> Tensor | None:
+    def _vocabulary(self, text: EngineText | None, loaded: Loaded[DraftState] | None) -> Tensor | None:
         fixed, ids = own_vocab(self.recipe, self.checkpoint)
         if fixed or self.recipe.draft_vocab is None:
             return ids
         if loaded is not None:
-            return loaded.vocab_ids
+            return without_vocab(loaded)[1]
         return self.ranks.from_main(None if text is None else self._chosen(text, self.recipe.draft_vocab))
 
     def _chosen(self, text: EngineText, size: int) -> Tensor:
@@ -156,34 +155,6 @@ def _export(new: NewDraft, about: ArtifactAbout, folder: Path, measured: Sequenc
     export_draft(folder, new, about, measured)
 
 
-RECIPE_FILE = "recipe.json"
-
-
-def save_recipe(run: Path, target: str, recipe: Recipe) -> None:
-    """Remember what a run was started with.
-
-    Raises:
-        ConfigError: nothing can be written there.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"target": target, "recipe": asdict(recipe)}, indent=2)
-        (run / RECIPE_FILE).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {run}: {error.strerror}") from error
-
-
-def saved_recipe(run: Path) -> tuple[str, dict[str, Any]]:
-    """(target, recipe) that a run was started with.
-
-    Raises:
-        ConfigError: there is no run.
-    """
-    path = run / RECIPE_FILE
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return saved["target"], saved["recipe"]
-    except FileNotFoundError:
-        raise ConfigError(f"--resume: {run} holds no training run ({RECIPE_FILE} is missing)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read: {error}") from None
+def _described(state: DraftState, figures: Mapping[str, Any]) -> str:
+    alphas = " ".join(f"{alpha:.3f}" for alpha in state.running_alpha)
+    return f"loss {figures['loss']:.3f}, alpha {alphas}"

@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate: AdamW, warm-up, cosine, all by the used share of the budget."""
+"""The learning rate of a draft's training, by the used share of the budget, and its AdamW."""
 
 import math
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from paceline.draftmodels.distill.config import Recipe
+from paceline.draftmodels.jobs.optim import adamw
 
 #: A second moment that forgets within about 20 steps, usual where batches are small and training is short.
 _BETAS = (0.9, 0.95)
@@ -14,15 +15,7 @@ _BETAS = (0.9, 0.95)
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; vectors (norms, biases) are not decayed."""
-    matrices = [p for p in parameters.values() if p.dim() > 1]
-    vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=recipe.lr, betas=_BETAS, fused=True
-    )
+    return adamw(parameters, lr=recipe.lr, betas=_BETAS, weight_decay=recipe.weight_decay)
 
 
 def learning_rate(recipe: Recipe, used: float) -> float:
@@ -32,9 +25,3 @@ def learning_rate(recipe: Recipe, used: float) -> float:
     done = min((used - recipe.warmup) / (1 - recipe.warmup), 1.0)
     low = recipe.final_lr
     return recipe.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use a rate from now on."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate

@@ -1,16 +1,47 @@
-"""What a trainer works with: the seams to text, teacher, measurement and progress, filled by ``sources``, ``job``,
-``show``, and by stand-ins in tests."""
+"""What a trainer works with: the seams to text, teacher and measurement, filled by ``sources``, ``job`` and by
+stand-ins in tests; and the state that it keeps."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from paceline.draftmodels.distill.checkpoint import JobState
+from torch import Tensor
+
 from paceline.draftmodels.distill.layout import Tokens
 from paceline.draftmodels.distill.objective import Rows
-from paceline.draftmodels.distill.ranks import ONE_RANK, Ranks
+from paceline.draftmodels.jobs.checkpoint import JobState, Loaded
+from paceline.draftmodels.jobs.ranks import ONE_RANK, Ranks
+from paceline.draftmodels.jobs.show import Progress
+
+_VOCAB = "vocab_ids"
+
+
+@dataclass
+class DraftState(JobState):
+    """How far a draft's job is.
+
+    Attributes:
+        labels_outside: with loss ce, labels that were skipped as the draft cannot propose them.
+        running_alpha: per unrolled step, running mean of sum_v min(p, q) on training rows.
+        best_tau: the best measured so far.
+    """
+
+    labels_outside: int = 0
+    running_alpha: list[float] = field(default_factory=list)
+    best_tau: float | None = None
+
+
+def with_vocab(tensors: Mapping[str, Tensor], vocab_ids: Tensor | None) -> dict[str, Tensor]:
+    """What a checkpoint holds: ``training_tensors`` and the ids that the draft proposes, if not all."""
+    return dict(tensors) if vocab_ids is None else {**tensors, _VOCAB: vocab_ids.int()}
+
+
+def without_vocab(loaded: Loaded[DraftState]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The inverse of ``with_vocab``."""
+    tensors = dict(loaded.tensors)
+    return tensors, tensors.pop(_VOCAB, None)
 
 
 class TextSource(Protocol):
@@ -38,18 +69,6 @@ class Judge(Protocol):
 
     def measure(self, draft: Path) -> Mapping[str, Any]:
         """At least ``tau`` and ``alpha_per_position`` on held-out prompts, ready for JSON."""
-        ...
-
-
-class Progress(Protocol):
-    """Is told how far the job is."""
-
-    def step(self, state: JobState, figures: Mapping[str, Any], seconds_left: float) -> None:
-        """After each step."""
-        ...
-
-    def note(self, text: str) -> None:
-        """What happens between steps."""
         ...
 
 

@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paceline.draftmodels.distill.metrics import read_metrics
-from paceline.draftmodels.html_page import page
-
-Line = Mapping[str, Any]
+from paceline.draftmodels.jobs.metrics import read_metrics
+from paceline.draftmodels.jobs.page import Line, measurements, page, picture, running
 
 
 def write_report(run: Path, about: Mapping[str, Any]) -> Path:
@@ -22,28 +20,18 @@ def write_report(run: Path, about: Mapping[str, Any]) -> Path:
     """
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
-    # A measurement that was repeated after a kill counts once.
-    measured = list({line["step"]: line["measured"] for line in lines if "measured" in line}.values())
+    measured = measurements(lines)
     pictures = [_loss(steps), _alpha(steps, measured), _tau(measured)]
     path = run / "report.html"
-    path.write_text(page("Training run", pictures, {**about, "measured": measured}), encoding="utf-8")
+    texts = dict(about) | {"measured": measured}
+    path.write_text(page("Training run", pictures, texts), encoding="utf-8")
     return path
 
 
-def _picture(title: str, y_label: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel="trained tokens", ylabel=y_label)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 def _loss(steps: Sequence[Line]) -> Any:
-    figure, axes = _picture("Training loss", "nats per token")
+    figure, axes = picture("Training loss", "nats per token")
     for index in range(len(steps[0]["losses"]) if steps else 0):
-        smooth = _running([line["losses"][index] for line in steps])
+        smooth = running([line["losses"][index] for line in steps])
         axes.plot([line["tokens"] for line in steps], smooth, label=f"step {index + 1}")
     if steps:
         axes.legend()
@@ -51,9 +39,9 @@ def _loss(steps: Sequence[Line]) -> Any:
 
 
 def _alpha(steps: Sequence[Line], measured: Sequence[Line]) -> Any:
-    figure, axes = _picture("Acceptance rate alpha per draft position", "alpha")
+    figure, axes = picture("Acceptance rate alpha per draft position", "alpha")
     for index in range(len(steps[0]["alphas"]) if steps else 0):
-        smooth = _running([line["alphas"][index] for line in steps])
+        smooth = running([line["alphas"][index] for line in steps])
         axes.plot([line["tokens"] for line in steps], smooth, alpha=0.4, label=f"training, step {index + 1}")
     for index in range(max((len(m["alpha_per_position"]) for m in measured), default=0)):
         points = [
@@ -68,14 +56,6 @@ def _alpha(steps: Sequence[Line], measured: Sequence[Line]) -> Any:
 
 
 def _tau(measured: Sequence[Line]) -> Any:
-    figure, axes = _picture("Block efficiency tau, held-out prompts", "tokens per target forward")
+    figure, axes = picture("Block efficiency tau, held-out prompts", "tokens per target forward")
     axes.plot([m["tokens"] for m in measured], [m["tau"] for m in measured], marker="o")
     return figure
-
-
-def _running(values: Sequence[float], weight: float = 0.05) -> list[float]:
-    """Running mean, as single batches are noisy."""
-    result: list[float] = []
-    for value in values:
-        result.append(value if not result else result[-1] + weight * (value - result[-1]))
-    return result

@@ -5,24 +5,23 @@ on with the same losses (with a budget of time, the learning rate follows the cl
 measurements come from is injected; the engine, files of prompts and the command line are other modules' business.
 """
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from paceline.draftmodels.distill import order
-from paceline.draftmodels.distill.checkpoint import JobState, Loaded, restore, save_checkpoint
 from paceline.draftmodels.distill.config import Recipe
 from paceline.draftmodels.distill.initialise import NewDraft
-from paceline.draftmodels.distill.metrics import MetricsFile
 from paceline.draftmodels.distill.objective import Objective, StepFigures
-from paceline.draftmodels.distill.optim import learning_rate, make_optimizer, set_rate
-from paceline.draftmodels.distill.parts import Parts
+from paceline.draftmodels.distill.optim import learning_rate, make_optimizer
+from paceline.draftmodels.distill.parts import DraftState, Parts, with_vocab, without_vocab
 from paceline.draftmodels.distill.pool import Batch, Entry, labels_among, make_batch
+from paceline.draftmodels.jobs.checkpoint import Loaded, restore, save_checkpoint, training_tensors
+from paceline.draftmodels.jobs.metrics import MetricsFile
+from paceline.draftmodels.jobs.optim import set_rate
+from paceline.draftmodels.jobs.running import RunningJob
 
 #: Checkpoints within a round, for rounds that take longer than this.
 CHECKPOINT_SECONDS = 60.0
@@ -42,7 +41,12 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, new: NewDraft, run: Path, parts: Parts, loaded: Loaded | None = None
+        self,
+        recipe: Recipe,
+        new: NewDraft,
+        run: Path,
+        parts: Parts,
+        loaded: Loaded[DraftState] | None = None,
     ) -> None:
         self._recipe, self._new, self._run, self._parts = recipe, new, run, parts
         self._device = torch.device(recipe.device)
@@ -54,17 +58,15 @@ class Trainer:
             recipe.loss, recipe.loss_temperature, recipe.step_weights(self._draft.steps), self._dtype
         )
         self._label_of = labels_among(new.vocab_ids, self._draft.config.vocab_size, self._device)
-        self.state = JobState() if loaded is None else loaded.state
+        self.state = DraftState() if loaded is None else loaded.state
         if loaded is not None:
-            restore(loaded, self.parameters, self._optimizer)
+            restore(without_vocab(loaded)[0], self.parameters, self._optimizer)
         self._metrics = MetricsFile(run / "metrics.jsonl", enabled=parts.ranks.is_main)
         self._metrics.rewind(-1 if loaded is None else self.state.step)
         self._rounds: dict[int, list[Entry]] = {}
-        self._interrupted = False
-        self._saved_at = parts.clock()
-        self._worked_from = self._saved_at if parts.started is None else parts.started
+        self._job = RunningJob(self.state, recipe.budget, parts.ranks, parts.clock, parts.started)
 
-    def train(self) -> JobState:
+    def train(self) -> DraftState:
         """Work until the budget is used, patience is at its end, or Ctrl-C.
 
         Raises:
@@ -75,7 +77,7 @@ class Trainer:
             self._save()
         while not self._stop():
             self._train_round()
-        if self._interrupted:
+        if self._job.interrupted:
             raise KeyboardInterrupt
         if not self.state.measured or self.state.measured[-1]["step"] != self.state.step:
             self._measure()
@@ -88,13 +90,13 @@ class Trainer:
         pool = self._pool(self.state.round)
         rows = [len(entry.sequence.tokens) - 1 for entry in pool]
         batches = order.batches(rows, self._recipe.batch_tokens, self.state.round, self._recipe.seed)
-        with self._training():
+        with self._job.training(self._parts.threads):
             for batch in batches[self.state.round_step :]:
                 self._step([pool[i] for i in self._parts.ranks.mine(batch)])
                 if self._stop():
                     self._save()
                     return
-                if self._clock() - self._saved_at > CHECKPOINT_SECONDS:
+                if self._job.seconds_since_save() > CHECKPOINT_SECONDS:
                     self._save()
         self.state.round += 1
         self.state.round_step = 0
@@ -129,7 +131,7 @@ class Trainer:
 
     def _step(self, entries: Sequence[Entry]) -> None:
         state, recipe = self.state, self._recipe
-        used = self._used()
+        used = self._job.used()
         set_rate(self._optimizer, learning_rate(recipe, used))
         self._optimizer.zero_grad(set_to_none=True)
         batch = self._batch(entries) if entries else None
@@ -183,7 +185,7 @@ class Trainer:
         state.running_alpha = [
             old + _RUNNING * (new - old) for old, new in zip(previous, alphas, strict=True)
         ]
-        self._count_time()
+        self._job.count_time()
         weights = self._objective.step_weights
         line = {
             "step": state.step,
@@ -197,8 +199,7 @@ class Trainer:
             "grad_norm": norm,
         }
         self._metrics.add(line)
-        left = self._recipe.budget.seconds_left(seconds=state.seconds, tokens=state.tokens, steps=state.step)
-        self._parts.progress.step(state, line, left)
+        self._parts.progress.step(state, line, self._job.seconds_left())
 
     # ---- between steps
 
@@ -210,7 +211,7 @@ class Trainer:
             current = self._run / "current"
             self._parts.export(current, ())
             figures = dict(self._parts.judge.measure(current))
-        self._count_time()
+        self._job.count_time()
         state = self.state
         figures = self._parts.ranks.from_main(figures)
         figures |= {"step": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3)}
@@ -224,47 +225,12 @@ class Trainer:
                 self._parts.export(self._run / "best", (figures,))
 
     def _save(self) -> None:
-        self._count_time()
+        self._job.count_time()
         if self._parts.ranks.is_main:
-            save_checkpoint(self._run, self.state, self.parameters, self._optimizer, self._new.vocab_ids)
-        self._saved_at = self._clock()
+            tensors = training_tensors(self.parameters, self._optimizer)
+            save_checkpoint(self._run, self.state, with_vocab(tensors, self._new.vocab_ids))
+        self._job.saved()
 
     def _stop(self) -> bool:
-        """Whether to stop; the main rank decides, as clocks and signals differ."""
         taus = [figures["tau"] for figures in self.state.measured]
-        over = self._used() >= 1 or self._recipe.stopping.exhausted(taus)
-        over, self._interrupted = self._parts.ranks.from_main((over, self._interrupted))
-        return over or self._interrupted
-
-    def _used(self) -> float:
-        state = self.state
-        self._count_time()
-        return self._parts.ranks.from_main(
-            self._recipe.budget.used(seconds=state.seconds, tokens=state.tokens, steps=state.step)
-        )
-
-    def _clock(self) -> float:
-        return self._parts.clock()
-
-    def _count_time(self) -> None:
-        now = self._clock()
-        self.state.seconds += now - self._worked_from
-        self._worked_from = now
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        """All cores for torch, which the engine leaves one thread; Ctrl-C waits for the end of a step."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._parts.threads)
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt  # a second time: at once, from the last checkpoint
-            self._interrupted = True
-
-        previous = signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-            torch.set_num_threads(threads)
+        return self._job.stop(exhausted=self._recipe.stopping.exhausted(taus))

@@ -1,6 +1,6 @@
-"""Measure a draft, through the engine that serves it, on held-out prompts.
+"""Measure drafts and sparse students through the engine that serves them, on held-out prompts and text.
 
-``paceline evaluate``: a group, so that other measurements can join. Owns arguments, exit codes and the order of
+``paceline evaluate``: a group; ``sparse`` has a module of its own. Owns arguments, exit codes and the order of
 checks: whatever can be refused is refused before models are loaded. Heavy libraries are imported by the command.
 """
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from paceline.draftmodels.evaluate.sparse.command import sparse
 
 if TYPE_CHECKING:
     from paceline.draftmodels.data.prompts import Prompt
@@ -33,6 +35,9 @@ class DraftPolicy(StrEnum):
 
     fixed = "fixed"
     adaptive = "adaptive"
+
+
+app.command()(sparse)
 
 
 @app.callback()

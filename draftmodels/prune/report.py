@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.draftmodels.html_page import page
+from paceline.draftmodels.jobs.page import page
 from paceline.draftmodels.prune.inputs import LINEARS
 from paceline.draftmodels.prune.walk import LinearFigures
 

@@ -8,7 +8,8 @@ are in [-127, 127] with one fp32 scale per output row. Kernels repack this at lo
 Everything that comes from a file is checked here, before anything is read by position.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -139,6 +140,33 @@ class SparseWeight:
             torch.cumsum(counts, 0, out=offsets[1:])
         return cls(pattern, weight.shape[1], _pack_bits(kept), values, offsets, scale)
 
+    @classmethod
+    def stack(cls, weights: Sequence["SparseWeight"]) -> "SparseWeight":
+        """One weight for several that read the same input: their rows, one after another.
+
+        Raises:
+            FormatError: patterns, inputs or types of values differ.
+        """
+        first = weights[0]
+        kinds = {(w.pattern, w.in_features, w.values.dtype) for w in weights}
+        if len(kinds) > 1:
+            raise FormatError(
+                "sparse weights of different patterns, inputs or types of values cannot be joined"
+            )
+        offsets = None
+        if first.row_offsets is not None:
+            counts = torch.cat([w.row_offsets.diff() for w in weights if w.row_offsets is not None])
+            offsets = torch.cat((first.row_offsets[:1], counts.cumsum(0)))
+        scales = [w.scale for w in weights if w.scale is not None]
+        return cls(
+            first.pattern,
+            first.in_features,
+            torch.cat([w.bitmask for w in weights]),
+            torch.cat([w.values for w in weights]),
+            offsets,
+            torch.cat(scales) if scales else None,
+        )
+
     @property
     def out_features(self) -> int:
         """Output rows."""
@@ -174,6 +202,17 @@ class SparseWeight:
         dense = self.values.new_zeros(self.out_features, self.in_features)
         dense[self.kept()] = self.values.view(-1)
         return dense
+
+    def to(self, *, dtype: torch.dtype, device: torch.device) -> "SparseWeight":
+        """The weight on a device; float values in ``dtype``, int8 ones as they are."""
+        values = self.values if self.values.dtype is torch.int8 else self.values.to(dtype)
+        return replace(
+            self,
+            bitmask=self.bitmask.to(device),
+            values=values.to(device),
+            row_offsets=None if self.row_offsets is None else self.row_offsets.to(device),
+            scale=None if self.scale is None else self.scale.to(device),
+        )
 
     def to_dense(self) -> Tensor:
         """The weight as fp32 [out, in]; int8 comes dequantized."""

@@ -23,6 +23,7 @@ from paceline.server.models.bundled import bundled_draft
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
 from paceline.server.models.manifest import check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
+from paceline.server.models.student import declaration, is_student
 from paceline.server.models.tokenizer import load_tokenizer, tokenizer_folder
 
 _log = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
         raise ConfigError(
             f"{path} reads the states of a target, so that it can only draft: serve its target and name it with --draft"
         )
+    manifest = read_manifest(path)
+    if manifest is not None and is_student(manifest):
+        _log.warning("%s", declaration(manifest, path))
     speculation = spec.speculation
     if speculation.draft == AUTO_DRAFT:
         speculation = replace(speculation, draft=bundled_draft(target.weights_sha256))

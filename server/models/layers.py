@@ -37,6 +37,9 @@ class Linear(nn.Module):
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self.weight = weight
         self.bias = bias
+        parts = (weight, bias)
+        #: What one forward reads.
+        self.num_bytes = sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in] -> [rows, out]."""

@@ -4,37 +4,54 @@ Runs a ragged batch of rows (prefill chunks, decodes and verify blocks alike) ov
 requests or sampling. Projections that read the same input are fused: q, k, v and gate, up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from paceline.kernels.formats import SparseWeight
 from paceline.server.models.attention import AttentionPlan
 from paceline.server.models.config import FC, FINAL_NORM, ModelConfig
 from paceline.server.models.layers import Linear, RMSNorm, Rotary, fuse, rotate
+from paceline.server.models.sparse_linear import SparseLinear
 
 #: Fetches a checkpoint tensor by its Hugging Face name, in the dtype and on the device to compute with.
 Fetch = Callable[[str], Tensor]
+#: Fetches a linear that the checkpoint stores sparse, so too; None for all others.
+FetchSparse = Callable[[str], SparseWeight | None]
 #: One layer's K and V views, each [pages, page_tokens, kv_heads, head_dim].
 KvViews = list[tuple[Tensor, Tensor]]
 
 
-def _linear(fetch: Fetch, name: str, bias: bool) -> tuple[Tensor, Tensor | None]:
-    return fetch(f"{name}.weight"), fetch(f"{name}.bias") if bias else None
+class _Linears:
+    """Makes the linears of blocks."""
+
+    def __init__(self, fetch: Fetch, sparse: FetchSparse) -> None:
+        self.fetch, self._sparse = fetch, sparse
+
+    def __call__(self, names: Sequence[str], bias: bool) -> nn.Module:
+        """One module for linears that read the same input; sparse if all of them are."""
+        biases = [self.fetch(f"{name}.bias") if bias else None for name in names]
+        stored = [self._sparse(f"{name}.weight") for name in names]
+        sparse = [weight for weight in stored if weight is not None]
+        if len(sparse) < len(names):
+            return fuse([(self.fetch(f"{name}.weight"), b) for name, b in zip(names, biases, strict=True)])
+        known = [b for b in biases if b is not None]
+        return SparseLinear.from_weight(SparseWeight.stack(sparse), torch.cat(known) if known else None)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, optional biases and q/k norms."""
 
-    def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linears: _Linears) -> None:
         super().__init__()
-        c, name = config, f"model.layers.{layer}.self_attn"
+        c, name, fetch = config, f"model.layers.{layer}.self_attn", linears.fetch
         self._heads, self._kv_heads, self._head_dim = c.num_heads, c.num_kv_heads, c.head_dim
         self._window = c.sliding_windows[layer]
-        self.qkv = fuse([_linear(fetch, f"{name}.{p}_proj", c.qkv_bias) for p in "qkv"])
-        self.out = Linear(*_linear(fetch, f"{name}.o_proj", c.output_bias))
+        self.qkv = linears([f"{name}.{p}_proj" for p in "qkv"], c.qkv_bias)
+        self.out = linears([f"{name}.o_proj"], c.output_bias)
         self.q_norm = RMSNorm(fetch(f"{name}.q_norm.weight"), c.rms_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(fetch(f"{name}.k_norm.weight"), c.rms_eps) if c.qk_norm else None
 
@@ -55,11 +72,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Gated feed-forward: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linears: _Linears) -> None:
         super().__init__()
         name, bias = f"model.layers.{layer}.mlp", config.mlp_bias
-        self.gate_up = fuse([_linear(fetch, f"{name}.{p}_proj", bias) for p in ("gate", "up")])
-        self.down = Linear(*_linear(fetch, f"{name}.down_proj", bias))
+        self.gate_up = linears([f"{name}.{p}_proj" for p in ("gate", "up")], bias)
+        self.down = linears([f"{name}.down_proj"], bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, hidden]."""
@@ -72,16 +89,16 @@ class Block(nn.Module):
     """Pre-norm attention and MLP with residuals; the first block of a draft that reads states has no norm before its
     attention."""
 
-    def __init__(self, config: ModelConfig, layer: int, fetch: Fetch) -> None:
+    def __init__(self, config: ModelConfig, layer: int, linears: _Linears) -> None:
         super().__init__()
-        name = f"model.layers.{layer}"
+        name, fetch = f"model.layers.{layer}", linears.fetch
         normed = layer > 0 or not config.reads_state
         self.attention_norm = (
             RMSNorm(fetch(f"{name}.input_layernorm.weight"), config.rms_eps) if normed else nn.Identity()
         )
-        self.attention = Attention(config, layer, fetch)
+        self.attention = Attention(config, layer, linears)
         self.mlp_norm = RMSNorm(fetch(f"{name}.post_attention_layernorm.weight"), config.rms_eps)
-        self.mlp = MLP(config, layer, fetch)
+        self.mlp = MLP(config, layer, linears)
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], plan: AttentionPlan, kv: tuple[Tensor, Tensor]
@@ -108,20 +125,34 @@ class Decoder(nn.Module):
 
     Args:
         config: shapes.
-        fetch: called once per checkpoint tensor.
+        fetch: called once per checkpoint tensor that is not sparse.
+        stored_sparse: called for every linear of the blocks.
         vocab_ids: of a restricted vocabulary, the token id of each logit, ascending, int32 [head_rows].
     """
 
-    def __init__(self, config: ModelConfig, fetch: Fetch, *, vocab_ids: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        fetch: Fetch,
+        *,
+        stored_sparse: FetchSparse = lambda name: None,
+        vocab_ids: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        linears = _Linears(fetch, stored_sparse)
         self.embedding = fetch("model.embed_tokens.weight")
-        self.blocks = nn.ModuleList(Block(config, layer, fetch) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer, linears) for layer in range(config.num_layers))
         self.fc = Linear(fetch(FC)) if config.reads_state else None
         self.norm = nn.Identity() if config.reads_state else RMSNorm(fetch(FINAL_NORM), config.rms_eps)
         self.head = Linear(self.embedding if config.tied_head else fetch("lm_head.weight"))
         self.rotary = Rotary(config, self.embedding.device)
         self.vocab_ids = None if vocab_ids is None else vocab_ids.to(self.embedding.device)
+
+    @property
+    def bytes_per_forward(self) -> int:
+        """Weight bytes that a forward with logits reads."""
+        return sum(part.num_bytes for part in self.modules() if isinstance(part, Linear | SparseLinear))
 
     def forward(self, ragged: RaggedInput, kv: KvViews, kept: Tensor | None = None) -> Tensor:
         """Run the batch and return fp32 logits [wanted, head_rows]; for ``kept`` see ``outputs``."""

@@ -136,8 +136,8 @@ class ModelLoader:
         dtype = DTYPES[weights]
         fetch = CheckedTensors(checkpoint, config, dtype, self.device)
         key = f"{sha256}/torch-{weights}"
-        decoder = Decoder(config, fetch, vocab_ids=draft_vocab(checkpoint)).eval()
-        return LoadedModel(key, sha256, checkpoint.path, config, dtype, decoder)
+        decoder = Decoder(config, fetch, stored_sparse=fetch.sparse, vocab_ids=draft_vocab(checkpoint))
+        return LoadedModel(key, sha256, checkpoint.path, config, dtype, decoder.eval())
 
     def _native(self, packer: Packer, format: PackedFormat, kept: Sequence[str]) -> LoadedModel:
         plan = compact(packer.plan(format, kept))

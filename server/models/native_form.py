@@ -1,9 +1,9 @@
 """Artifacts in Paceline's native form, read as Hugging Face checkpoints.
 
 Such a folder may take tensors from its target, propose a part of the vocabulary only and hold int8 weights
-(``X.weight`` int8 [out, in] with ``X.weight_scale`` fp32 [out]) or sparse ones (``sparse_form``); ``paceline.json`` says
-which. Owns where each tensor comes from and whether the folder is consistent. What is done with the tensors is the
-loader's business.
+(``X.weight`` int8 [out, in] with ``X.weight_scale`` fp32 [out]) or sparse ones (``sparse_form``); ``paceline.json``
+says which. Owns where each tensor comes from and whether the folder is consistent. What is done with the tensors is
+the loader's business.
 """
 
 import hashlib
@@ -140,8 +140,8 @@ class NativeCheckpoint:
         return bool(self.manifest.weights["format"] == "int8")
 
     def tensor_names(self) -> list[str]:
-        """See ``Checkpoint.tensor_names``: stored and shared ones, without scales and the list of ids; sparse linears by
-        the names that they would have if they were dense."""
+        """See ``Checkpoint.tensor_names``: stored and shared ones, without scales and the list of ids; sparse linears
+        by the names that they would have if they were dense."""
         scales = {name + SCALE for name in self._stored_names}
         names = self._stored_names - scales - part_names(self._sparse_names) - {self.manifest.draft_vocab}
         names |= self._sparse_names

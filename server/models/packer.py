@@ -84,7 +84,9 @@ class Packer:
         shown = nullcontext(lambda done: None) if quiet else self._progress.task(label, size)
         with shown as update:
             fetch = CheckedTensors(self.checkpoint, self.config, update=update)
-            plan = PlanBuilder(self.config, fetch, self.pool, format, stored_int8=fetch.int8).build()
+            plan = PlanBuilder(
+                self.config, fetch, self.pool, format, stored_int8=fetch.int8, stored_sparse=fetch.sparse
+            ).build()
         return replace(plan, vocab_ids=draft_vocab(self.checkpoint))
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.int8 import pack_rows
+from paceline.kernels.cpu.int8 import pack_rows, quantize_rows
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
-from paceline.kernels.formats import Format, PackedLinear, interleave_rows
+from paceline.kernels.cpu.sparse import pack_sparse
+from paceline.kernels.formats import Format, PackedLinear, SparseWeight, interleave_rows
 from paceline.server.models.config import EMBEDDING, FC, FINAL_NORM, HEAD, ModelConfig
 from paceline.server.models.native_form import Int8Rows
 
@@ -19,6 +20,8 @@ from paceline.server.models.native_form import Int8Rows
 Fetch = Callable[[str], Tensor]
 #: Fetches one that the checkpoint stores in int8 as it is; None for all others.
 FetchInt8 = Callable[[str], Int8Rows | None]
+#: Fetches a linear that the checkpoint stores sparse; None for all others.
+FetchSparse = Callable[[str], SparseWeight | None]
 #: Makes one matrix (or one vector) of several with the same inputs.
 Join = Callable[[Sequence[Tensor]], Tensor]
 
@@ -40,6 +43,8 @@ class PlanBuilder:
         pool: packs.
         format: of the linears; embeddings stay in bf16 unless it is fp32.
         stored_int8: what is stored in int8 goes into an int8 plan value by value, not rounded again.
+        stored_sparse: what is stored sparse stays sparse, but in an fp32 plan: fp32 is what others are compared with,
+            not what is fast.
     """
 
     def __init__(
@@ -50,9 +55,10 @@ class PlanBuilder:
         format: Format,
         *,
         stored_int8: FetchInt8 = lambda name: None,
+        stored_sparse: FetchSparse = lambda name: None,
     ) -> None:
         self._config, self._fetch, self._pool, self._format = config, fetch, pool, format
-        self._stored_int8 = stored_int8
+        self._stored_int8, self._stored_sparse = stored_int8, stored_sparse
 
     def build(self) -> DecoderPlan:
         """Fetch and pack everything."""
@@ -103,7 +109,7 @@ class PlanBuilder:
     def _fused(self, names: Sequence[str], bias: bool, join: Join = _stack) -> PackedLinear:
         weights = [f"{name}.weight" for name in names]
         biases = join([self._fetch(f"{name}.bias") for name in names]) if bias else None
-        kept = self._kept(weights, join, biases)
+        kept = self._sparse(weights, join, biases) or self._kept(weights, join, biases)
         return kept or self._pool.pack(join([self._fetch(name) for name in weights]), self._format, biases)
 
     def _gate_up(self, mlp: str) -> PackedLinear:
@@ -116,3 +122,27 @@ class PlanBuilder:
         if len(rows) < len(names):
             return None
         return pack_rows(join([r.values for r in rows]), join([r.scale for r in rows]), bias)
+
+    def _sparse(self, names: Sequence[str], join: Join, bias: Tensor | None) -> PackedLinear | None:
+        """The weights packed sparse, if any of them is stored so; what is dense among them keeps everything."""
+        stored = [None if self._format == "fp32" else self._stored_sparse(name) for name in names]
+        if all(weight is None for weight in stored):
+            return None
+        parts = [self._masked(name, weight) for name, weight in zip(names, stored, strict=True)]
+        values, kept = (join([part[i] for part in parts]) for i in (0, 1))
+        scales = [scale for _, _, scale in parts if scale is not None]
+        return pack_sparse(values, kept, self._format, join(scales) if scales else None, bias)
+
+    def _masked(self, name: str, weight: SparseWeight | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values [out, in] in the plan's format, what is kept of them, and the scales of int8."""
+        values, scale = self._values(name, weight)
+        kept = torch.ones(values.shape, dtype=torch.bool) if weight is None else weight.kept()
+        return values, kept, scale
+
+    def _values(self, name: str, weight: SparseWeight | None) -> tuple[Tensor, Tensor | None]:
+        if self._format != "int8":
+            return self._fetch(name) if weight is None else weight.to_dense(), None
+        if weight is None:
+            rows = self._stored_int8(name)
+            return quantize_rows(self._fetch(name)) if rows is None else (rows.values, rows.scale)
+        return quantize_rows(weight.stored()) if weight.scale is None else (weight.stored(), weight.scale)

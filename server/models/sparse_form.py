@@ -1,9 +1,9 @@
 """Sparse linears of artifacts: which tensors one is made of, and what the manifest and ``config.json`` say of them.
 
-``X.weight`` is stored as ``X.weight_bitmask``, ``X.weight_values``, ``X.weight_row_offsets`` (not for n:m) and, for int8
-values, ``X.weight_scale``; the layout is that of ``kernels.formats.SparseWeight``. All sparse linears of an artifact have
-one pattern and one type of values. Only the projections of blocks are sparse; embeddings, norms and the head are dense.
-Knows nothing of targets and of what becomes of the weights.
+``X.weight`` is stored as ``X.weight_bitmask``, ``X.weight_values``, ``X.weight_row_offsets`` (not for n:m) and, for
+int8 values, ``X.weight_scale``; the layout is that of ``kernels.formats.SparseWeight``. All sparse linears of an
+artifact have one pattern and one type of values. Only the projections of blocks are sparse; embeddings, norms and the
+head are dense. Knows nothing of targets and of what becomes of the weights.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,14 +4,16 @@ Knows nothing of what the tensors become. Progress is counted in bytes of fp32, 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from paceline.kernels.formats import SparseWeight
 from paceline.server.errors import ArtifactError
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import ModelConfig
-from paceline.server.models.native_form import Int8Rows, stored_int8
+from paceline.server.models.native_form import Int8Rows, stored_int8, stored_sparse
 from paceline.server.models.progress import Update
 
 _FP32_BYTES = 4
@@ -46,7 +48,7 @@ class CheckedTensors:
         if name not in self._names:
             raise ArtifactError(f"{self._checkpoint.path}: tensor {name} is missing")
         tensor = self._checkpoint.tensor(name).to(device=self._device, dtype=self._dtype)
-        self._hand_out(name, tensor)
+        self._hand_out(name, tensor.shape)
         return tensor
 
     def int8(self, name: str) -> Int8Rows | None:
@@ -57,17 +59,29 @@ class CheckedTensors:
         """
         rows = stored_int8(self._checkpoint, name)
         if rows is not None:
-            self._hand_out(name, rows.values)
+            self._hand_out(name, rows.values.shape)
         return rows
 
-    def _hand_out(self, name: str, tensor: Tensor) -> None:
+    def sparse(self, name: str) -> SparseWeight | None:
+        """A linear that the checkpoint stores sparse, float values in the dtype asked for; None for all others.
+
+        Raises:
+            ArtifactError: it has another shape than the configuration says.
+        """
+        weight = stored_sparse(self._checkpoint, name)
+        if weight is None:
+            return None
+        self._hand_out(name, (weight.out_features, weight.in_features))
+        return weight.to(dtype=self._dtype, device=self._device)
+
+    def _hand_out(self, name: str, shape: Sequence[int]) -> None:
         expected = self._config.tensor_shape(name)
-        if tuple(tensor.shape) != expected:
+        if tuple(shape) != expected:
             raise ArtifactError(
-                f"{self._checkpoint.path}: tensor {name} is {tuple(tensor.shape)}, "
+                f"{self._checkpoint.path}: tensor {name} is {tuple(shape)}, "
                 f"but the configuration says {expected}"
             )
-        self._done_bytes += tensor.numel() * _FP32_BYTES
+        self._done_bytes += math.prod(shape) * _FP32_BYTES
         self._update(self._done_bytes)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from paceline.clients import console
-from paceline.draftmodels.distill.budget import Budget, Patience, parse_count, parse_seconds
 from paceline.draftmodels.distill.config import (
     Recipe,
     load_recipe,
@@ -15,6 +14,7 @@ from paceline.draftmodels.distill.config import (
     recipe_keys,
     resumed_recipe,
 )
+from paceline.draftmodels.jobs.budget import Budget, Patience, parse_count, parse_seconds
 from paceline.server.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from paceline.clients import console
-from paceline.draftmodels.distill.metrics import read_metrics
+from paceline.draftmodels.jobs.metrics import read_metrics
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.native_form import NativeCheckpoint
 

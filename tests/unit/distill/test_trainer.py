@@ -14,9 +14,10 @@ import pytest
 import torch
 from distill_job import Measuring, Shown, Text, make_trainer, small_recipe
 
-from paceline.draftmodels.distill.checkpoint import load_checkpoint
 from paceline.draftmodels.distill.config import Recipe
-from paceline.draftmodels.distill.metrics import read_metrics
+from paceline.draftmodels.distill.parts import DraftState
+from paceline.draftmodels.jobs.checkpoint import load_checkpoint
+from paceline.draftmodels.jobs.metrics import read_metrics
 
 PROGRAM = Path(distill_job.__file__)
 
@@ -53,7 +54,7 @@ def test_a_killed_job_goes_on_with_the_losses_of_an_uninterrupted_one(
     assert max(losses(tmp_path / "killed")) >= 4
     assert program(target, tmp_path / "killed", json.dumps(asdict(recipe))).returncode == 0
     assert losses(tmp_path / "killed") == whole
-    ours, theirs = (load_checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    ours, theirs = (load_checkpoint(tmp_path / name, DraftState) for name in ("whole", "killed"))
     assert ours is not None
     assert theirs is not None
     assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items())
@@ -79,7 +80,7 @@ def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint(tiny_checkpoint: Any, tmp_
     shown = Shown({2: lambda: os.kill(os.getpid(), signal.SIGINT)})
     with pytest.raises(KeyboardInterrupt):
         make_trainer(target, run, recipe, shown=shown).train()
-    loaded = load_checkpoint(run)
+    loaded = load_checkpoint(run, DraftState)
     assert loaded is not None
     assert loaded.state.step == 2
     make_trainer(target, run, recipe).train()

@@ -253,8 +253,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "weights.format bf16, but there are int8 weights",
     ),
     "an unknown format": (
-        manifest(weights={"format": "bitmask"}),
-        "holds bitmask weights; this version loads fp32",
+        manifest(weights={"format": "int4"}),
+        "holds int4 weights; this version loads fp32",
     ),
     "no manifest": (lambda folder: (folder / "paceline.json").unlink(), "has no paceline.json"),
     "no base architecture": (

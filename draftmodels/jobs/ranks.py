@@ -1,7 +1,7 @@
 """The processes of a data-parallel job, as torchrun starts them; one process is the case of one rank.
 
-Every rank holds the whole draft and its own engine and teacher. Batches are the same whatever the number of ranks: each
-rank trains the sequences of a batch whose number is its own modulo the number of ranks, and gradients are summed.
+Every rank holds the whole model and its own teacher. Batches are the same whatever the number of ranks: each rank
+trains the sequences of a batch whose number is its own modulo the number of ranks, and gradients are summed.
 """
 
 import os

@@ -65,16 +65,35 @@ class Budget:
         share = self.used(seconds=seconds, tokens=tokens, steps=steps)
         return seconds * max(1 - share, 0.0) / share if share > 0 else float("inf")
 
+    def steps_left(self, *, seconds: float, tokens: int, steps: int, step_tokens: int) -> float:
+        """Steps to come; where the limit is not one of steps, an estimate from the pace so far.
+
+        Args:
+            step_tokens: of a step, for as long as there is no pace.
+        """
+        limits: list[float] = []
+        if self.steps is not None:
+            limits.append(self.steps - steps)
+        if self.tokens is not None:
+            limits.append((self.tokens - tokens) / (tokens / steps if steps else step_tokens))
+        if self.seconds is not None and steps:
+            limits.append((self.seconds - seconds) * steps / max(seconds, 1e-9))
+        return min(limits, default=float("inf"))
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Stop when the best of the latest ``evaluations`` measurements is no better than what came before; 0 is never."""
+    """Stop when the best of the latest ``evaluations`` measurements is no better than what came before; 0 is never.
+
+    Attributes:
+        least_gain: what counts as better, in units of the score.
+    """
 
     evaluations: int = 0
     least_gain: float = 0.005
 
-    def exhausted(self, taus: list[float]) -> bool:
-        """Whether to stop after these measurements of tau, oldest first."""
-        if not self.evaluations or len(taus) <= self.evaluations:
+    def exhausted(self, scores: list[float]) -> bool:
+        """Whether to stop after these measurements of a score, oldest first; higher is better."""
+        if not self.evaluations or len(scores) <= self.evaluations:
             return False
-        return max(taus[-self.evaluations :]) < max(taus[: -self.evaluations]) + self.least_gain
+        return max(scores[-self.evaluations :]) < max(scores[: -self.evaluations]) + self.least_gain

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoint-STEP`` with the trained parameters and the optimiser's moments (safetensors) and
 everything else (JSON). It is written beside, synced to disk and renamed; older ones go away afterwards. There is no
-state of a random generator in it: everything random is drawn from a generator made from (seed, round), see ``order``.
+state of a random generator in it: everything random is a function of (seed, round), see ``data.seeds``.
 """
 
 import json
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,16 @@ from paceline.server.errors import ArtifactError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_WEIGHTS, _STATE, _VOCAB = "training.safetensors", "state.json", "vocab_ids"
+_WEIGHTS, _STATE = "training.safetensors", "state.json"
 
 
 @dataclass
 class JobState:
-    """How far a job is.
+    """How far a job is; kinds of jobs add what they keep.
 
     Attributes:
-        round, round_step: the round in work and how many of its steps are done.
+        round, round_step: the round (or epoch) in work and how many of its steps are done.
         step, tokens, seconds: optimiser steps, trained tokens and seconds at work, in all.
-        labels_outside: with loss ce, labels that were skipped as the draft cannot propose them.
-        running_alpha: per unrolled step, running mean of sum_v min(p, q) on training rows.
-        best_tau: the best measured so far.
         measured: every measurement, oldest first.
     """
 
@@ -42,43 +39,36 @@ class JobState:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    labels_outside: int = 0
-    running_alpha: list[float] = field(default_factory=list)
-    best_tau: float | None = None
     measured: list[dict[str, Any]] = field(default_factory=list)
 
 
+State = TypeVar("State", bound=JobState)
+
+
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Generic[State]):
     """A checkpoint that was read: see ``restore`` for the tensors."""
 
-    state: JobState
-    vocab_ids: Tensor | None
+    state: State
     tensors: Mapping[str, Tensor]
 
 
-def save_checkpoint(
-    run: Path,
-    state: JobState,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    vocab_ids: Tensor | None,
-) -> None:
+def save_checkpoint(run: Path, state: JobState, tensors: Mapping[str, Tensor]) -> None:
     """Write ``checkpoint-STEP`` under ``run`` and remove older ones.
+
+    Args:
+        tensors: those of ``training_tensors``, and what else the job cannot work out again.
 
     Raises:
         ArtifactError: it cannot be written; the one before is still there.
     """
     from safetensors.torch import save_file
 
-    tensors = dict(_tensors(parameters, optimizer))
-    if vocab_ids is not None:
-        tensors[_VOCAB] = vocab_ids.to(torch.int32)
     final, temporary = run / f"checkpoint-{state.step}", run / f".checkpoint-{state.step}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_file(tensors, temporary / _WEIGHTS)
+        save_file(dict(tensors), temporary / _WEIGHTS)
         (temporary / _STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
         for path in (temporary / _WEIGHTS, temporary / _STATE, temporary):
             _sync(path)
@@ -95,7 +85,7 @@ def save_checkpoint(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_checkpoint(run: Path) -> Loaded | None:
+def load_checkpoint(run: Path, state_type: type[State]) -> Loaded[State] | None:
     """The newest checkpoint under ``run``, None if there is none.
 
     Raises:
@@ -108,31 +98,38 @@ def load_checkpoint(run: Path) -> Loaded | None:
         return None
     folder = found[-1]
     try:
-        state = JobState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
-        tensors = load_file(folder / _WEIGHTS)
+        state = state_type(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
+        return Loaded(state, load_file(folder / _WEIGHTS))
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{folder} is not a checkpoint of this version: {error}") from error
-    vocab_ids = tensors.pop(_VOCAB, None)
-    return Loaded(state, vocab_ids, tensors)
+
+
+def training_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Parameters by name, and the optimiser's state of each as ``NAME@KIND``; on CPU."""
+    return dict(_tensors(parameters, optimizer))
 
 
 @torch.no_grad()
-def restore(loaded: Loaded, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the draft and the optimiser.
+def restore(
+    tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put what ``training_tensors`` gave into the model and the optimiser.
 
     Raises:
-        ArtifactError: it was made with another draft.
+        ArtifactError: it was made with another model.
     """
-    if {name for name in loaded.tensors if "@" not in name} != set(parameters):
+    if {name for name in tensors if "@" not in name} != set(parameters):
         raise ArtifactError(
-            "the checkpoint is of another draft; resume with the recipe that the run was started with"
+            "the checkpoint is of another model; resume with the recipe that the run was started with"
         )
     for name, parameter in parameters.items():
-        parameter.copy_(loaded.tensors[name])
-        if f"{name}@step" in loaded.tensors:
+        parameter.copy_(tensors[name])
+        if f"{name}@step" in tensors:
             kinds = ("step", *_MOMENTS)
             optimizer.state[parameter] = {
-                kind: loaded.tensors[f"{name}@{kind}"].to(parameter.device) for kind in kinds
+                kind: tensors[f"{name}@{kind}"].to(parameter.device) for kind in kinds
             }
 
 

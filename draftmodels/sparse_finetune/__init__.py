@@ -1,0 +1,1 @@
+"""Recovery of sparse students: fine-tuning under a fixed mask with the dense parent as teacher (SquareHead)."""

@@ -1,0 +1,146 @@
+"""A recovery job with everything real: opens student, teacher and text, and runs the trainer over them."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paceline.draftmodels.data.documents import read_documents, sequences_of
+from paceline.draftmodels.data.prompts import split_held_out
+from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.jobs.checkpoint import load_checkpoint
+from paceline.draftmodels.jobs.ranks import Ranks
+from paceline.draftmodels.jobs.show import shown
+from paceline.draftmodels.provenance import provenance
+from paceline.draftmodels.sparse_finetune.decoder import Decoder, make_student, make_teacher
+from paceline.draftmodels.sparse_finetune.export import StudentAbout, export_student
+from paceline.draftmodels.sparse_finetune.held_out import HeldOut
+from paceline.draftmodels.sparse_finetune.masks import FixedMasks
+from paceline.draftmodels.sparse_finetune.opening import OpenedStudent, open_student, open_teacher
+from paceline.draftmodels.sparse_finetune.recipe import Recipe
+from paceline.draftmodels.sparse_finetune.report import write_report
+from paceline.draftmodels.sparse_finetune.trainer import Parts, RecoveryState, Trainer
+from paceline.server.config import Machine
+from paceline.server.errors import ConfigError
+from paceline.server.models.config import EMBEDDING, HEAD
+from paceline.server.models.tokenizer import load_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job has made: ``best`` is the artifact with the lowest measured perplexity."""
+
+    run: Path
+    best: Path
+    state: RecoveryState
+
+
+def run_job(student: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
+    """Recover a student in the folder ``run``, from its newest checkpoint if there is one.
+
+    Args:
+        recipe: with its ``dtype`` decided.
+
+    Raises:
+        UserError: something that the user can mend, in one line.
+        KeyboardInterrupt: Ctrl-C; a checkpoint has been written.
+    """
+    started = time.monotonic()
+    opened = open_student(student)
+    about = _about(opened, recipe)
+    sequences, held_out = _text(opened, recipe)
+    model, teacher, masks = _models(opened, recipe)
+    dtype = _DTYPES[recipe.dtype or "fp32"]
+    measure = HeldOut(
+        held_out, teacher, rows=recipe.batch_tokens, dtype=dtype, answers_only=recipe.learn == "answers"
+    )
+    with shown(_described, main=ranks.is_main) as progress:
+        parts = Parts(
+            student=model,
+            teacher=teacher,
+            masks=masks,
+            sequences=sequences,
+            held_out=measure,
+            progress=progress,
+            export=partial(_export, model, opened.kept, about, _dataset(recipe)),
+            dtype=dtype,
+            threads=recipe.threads or max(Machine().usable_cores // ranks.world, 1),
+            ranks=ranks,
+            started=started,
+        )
+        state = Trainer(recipe, run, parts, load_checkpoint(run, RecoveryState)).train()
+    if ranks.is_main:
+        write_report(run, {"recipe": about.recipe, "provenance": about.provenance, "student": student})
+    return Outcome(run, run / "best", state)
+
+
+def _text(opened: OpenedStudent, recipe: Recipe) -> tuple[list[TokenSequence], list[TokenSequence]]:
+    """(for training, held out)."""
+    longest, context = recipe.sequence_tokens, opened.config.context_length
+    if longest > context:
+        raise ConfigError(f"sequence_tokens {longest} is more than the student's context of {context}")
+    assert recipe.data is not None
+    documents = read_documents(Path(recipe.data), load_tokenizer(opened.checkpoint.path), longest)
+    training, held_out = split_held_out(documents, recipe.held_out, recipe.seed)
+    return sequences_of(training), sequences_of(held_out)
+
+
+def _models(opened: OpenedStudent, recipe: Recipe) -> tuple[Decoder, Decoder, FixedMasks]:
+    device, dtype = torch.device(recipe.device), _DTYPES[recipe.dtype or "fp32"]
+    teacher, teacher_config = open_teacher(opened, recipe.teacher)
+    student = make_student(
+        opened.checkpoint,
+        opened.config,
+        device,
+        train_embedding=recipe.train_embedding,
+        checkpointing=recipe.checkpointing,
+    )
+    masks = FixedMasks(
+        {name: student.get_parameter(name) for name in opened.kept},
+        {name: mask.to(device) for name, mask in opened.kept.items()},
+    )
+    return student, make_teacher(teacher, teacher_config, device, dtype), masks
+
+
+def _about(opened: OpenedStudent, recipe: Recipe) -> StudentAbout:
+    checkpoint = opened.checkpoint
+    frozen = set() if recipe.train_embedding else {EMBEDDING, HEAD} & set(opened.config.tensor_names())
+    return StudentAbout(
+        parent=checkpoint.path,
+        hf_config=checkpoint.hf_config,
+        manifest=checkpoint.manifest,
+        pattern=opened.pattern,
+        recipe={"method": "train-sparse", **recipe.as_dict()},
+        provenance=provenance(seed=recipe.seed),
+        int8=recipe.quantize == "int8",
+        untrained={name: checkpoint.tensor(name) for name in frozen},
+    )
+
+
+def _dataset(recipe: Recipe) -> str:
+    return Path(recipe.data or "").name
+
+
+def _export(
+    student: Decoder,
+    kept: Mapping[str, Tensor],
+    about: StudentAbout,
+    dataset: str,
+    folder: Path,
+    measured: Sequence[Mapping[str, Any]],
+) -> None:
+    where = {"dataset": dataset, "split": "held out"}
+    export_student(folder, student, kept, about, [{**where, **figures} for figures in measured])
+
+
+def _described(state: RecoveryState, figures: Mapping[str, Any]) -> str:
+    parts = [f"{name} {figures[name]:.3f}" for name in ("ce", "kl", "sq") if name in figures]
+    best = "" if state.best_perplexity is None else f", best perplexity {state.best_perplexity:.2f}"
+    return f"loss {figures['loss']:.3f} ({', '.join(parts)}){best}"
