@@ -144,7 +144,7 @@ class _Job:
         total = pieces(self.recipe, self.config.num_layers, calibration, held_out)
         walk = Walk(self.recipe, self.config, fetch, pool, Meter(self.display, self.config.num_layers, total))
         sparsities = walk.allocate(calibration)
-        streams = Streams(calibration, Stream.copy(held_out), held_out)
+        streams = Streams(calibration, held_out.twin(), held_out)
         walk.prune(streams, sparsities)
         seconds["pruning"] = time.monotonic() - started
         return walk, streams

@@ -5,6 +5,7 @@ Rows are packed and padded for attention as in training (``distill.layout``), se
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -40,13 +41,11 @@ class Stream:
         #: fp32 [rows, hidden] per batch.
         self.states = [F.embedding(self._layout(batch).tokens, embedding).float() for batch in self._batches]
 
-    @classmethod
-    def copy(cls, other: "Stream") -> "Stream":
-        """The same texts and states, to go another way; states are never written into."""
-        twin = cls.__new__(cls)
-        twin.__dict__ |= other.__dict__
-        twin.states = list(other.states)
-        return twin
+    def twin(self) -> "Stream":
+        """The same texts and states, to go another way; states are replaced, never written into."""
+        other = copy(self)
+        other.states = list(self.states)
+        return other
 
     def through(
         self,
@@ -77,7 +76,7 @@ class Stream:
                 grams.add(products)
             after()
 
-    def answers(self) -> "list[tuple[Tensor, Tensor]]":
+    def answers(self) -> list[tuple[Tensor, Tensor]]:
         """Per batch: the states that predict what follows the prompts, fp32 [n, hidden], and those tokens, [n]."""
         found = []
         for batch, states in zip(self._batches, self.states, strict=True):

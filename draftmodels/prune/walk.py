@@ -82,7 +82,7 @@ class Walk:
         sparsity, layers = self._recipe.goal.sparsity, self._config.num_layers
         if self._recipe.allocation == "uniform":
             return uniform(sparsity, layers)
-        stream, ratios = Stream.copy(calibration), []
+        stream, ratios = calibration.twin(), []
         for layer in range(layers):
             self._meter.layer("looking for outliers in", layer)
             block = load_block(self._config, layer, self._fetch)
