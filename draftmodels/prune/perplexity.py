@@ -43,4 +43,4 @@ def compare_streams(dense: Stream, pruned: Stream, config: ModelConfig, fetch: F
 def _rows(dense: Stream, pruned: Stream) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(dense states, pruned states, next tokens), at most ``_ROWS`` at a time."""
     for (expected, labels), (got, _) in zip(dense.answers(), pruned.answers(), strict=True):
-        yield from zip(expected.split(_ROWS), got.split(_ROWS), labels.split(_ROWS), strict=True)
+        yield from zip(*(torch.split(part, _ROWS) for part in (expected, got, labels)), strict=True)

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from paceline.draftmodels.stepping import torch_threads
 
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Pool:

@@ -4,7 +4,6 @@ Rows are packed and padded for attention as in training (``distill.layout``), se
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from copy import copy
 
 import torch
@@ -66,7 +65,9 @@ class Stream:
         """
 
         def run(index: int) -> tuple[Tensor, Products]:
-            with nullcontext({}) if grams is None else grams.listening() as products:
+            if grams is None:
+                return self._run(block, layer, index), {}
+            with grams.listening() as products:
                 return self._run(block, layer, index), products
 
         for index, (output, products) in enumerate(self._pool.map(run, range(len(self._batches)))):

@@ -188,5 +188,4 @@ def load_block(config: ModelConfig, layer: int, fetch: Fetch) -> Block:
 
 
 def _weight(block: Block, name: str) -> Tensor:
-    weight: Tensor = block.get_submodule(name).weight.detach()
-    return weight
+    return block.get_parameter(f"{name}.weight").detach()
