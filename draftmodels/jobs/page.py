@@ -1,4 +1,4 @@
-"""The page of a training run's report: one HTML file with its pictures inside (PNG, matplotlib)."""
+"""The page of a job's report: one HTML file with its pictures inside (PNG, matplotlib)."""
 
 import base64
 import html
@@ -35,11 +35,12 @@ def measurements(lines: Sequence[Line]) -> list[Line]:
     return list({line["step"]: line["measured"] for line in lines if "measured" in line}.values())
 
 
-def page(title: str, figures: Sequence[Any], texts: Mapping[str, Any]) -> str:
+def page(title: str, figures: Sequence[Any], texts: Mapping[str, Any], table: str = "") -> str:
     """HTML with pictures above texts.
 
     Args:
         texts: heading -> what is shown as JSON.
+        table: HTML between the two.
     """
     images = "\n".join(f'<img alt="plot" src="data:image/png;base64,{_png(figure)}">' for figure in figures)
     written = "\n".join(
@@ -48,8 +49,9 @@ def page(title: str, figures: Sequence[Any], texts: Mapping[str, Any]) -> str:
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Paceline {title.lower()}</title>'
-        "<style>body{font-family:sans-serif;max-width:60rem;margin:auto}pre{overflow:auto}</style></head>"
-        f"<body><h1>{title}</h1>\n{images}\n{written}</body></html>\n"
+        "<style>body{font-family:sans-serif;max-width:60rem;margin:auto}pre{overflow:auto}"
+        "td,th{text-align:right;padding:0 .5em;font-size:small}</style></head>"
+        f"<body><h1>{title}</h1>\n{images}\n{table}\n{written}</body></html>\n"
     )
 
 
