@@ -11,7 +11,7 @@ from paceline.server.config.flags import with_flags
 
 if TYPE_CHECKING:
     from paceline.draftmodels.prune.config import Recipe
-    from paceline.draftmodels.prune.job import Outcome
+    from paceline.draftmodels.prune.outcome import Outcome
 
 
 @with_flags(recipe_keys)

@@ -1,7 +1,6 @@
 """``paceline sparsify`` with everything real: opens the target, reads or writes texts, prunes, measures, writes."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from paceline.draftmodels.artifact import check_output
 from paceline.draftmodels.prune.config import Recipe
 from paceline.draftmodels.prune.export import write_pruned
 from paceline.draftmodels.prune.inputs import LINEARS
+from paceline.draftmodels.prune.outcome import Outcome
 from paceline.draftmodels.prune.perplexity import compare_streams
 from paceline.draftmodels.prune.pool import Pool, pool_of
 from paceline.draftmodels.prune.report import write_report
 from paceline.draftmodels.prune.show import Display, Meter, shown
 from paceline.draftmodels.prune.stream import Stream
 from paceline.draftmodels.prune.text import Texts, read_texts
-from paceline.draftmodels.prune.walk import LinearFigures, Streams, Walk, pieces
+from paceline.draftmodels.prune.walk import Streams, Walk, pieces
 from paceline.server.config import Machine
 from paceline.server.errors import ConfigError
 from paceline.server.models.checkpoint import Checkpoint
@@ -28,25 +28,6 @@ from paceline.server.models.quality import Quality
 from paceline.server.models.sources import resolve
 from paceline.server.models.tensors import CheckedTensors
 from paceline.server.models.tokenizer import load_tokenizer
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a job has made.
-
-    Attributes:
-        sparsity: of all pruned linears together.
-        quality: of the stored weights against the dense target, on held-out text.
-        seconds: of reading or writing texts, pruning, measuring; and of everything.
-    """
-
-    path: Path
-    sparsity: float
-    linears: tuple[LinearFigures, ...]
-    quality: Quality
-    measured_on: str
-    seconds: Mapping[str, float]
-    weights_bytes: int
 
 
 def sparsify(target: str, recipe: Recipe, output: Path, *, force: bool = False) -> Outcome:

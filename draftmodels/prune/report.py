@@ -3,17 +3,15 @@
 import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paceline.draftmodels.jobs.page import page
 from paceline.draftmodels.prune.inputs import LINEARS
+from paceline.draftmodels.prune.outcome import Outcome
 from paceline.draftmodels.prune.walk import LinearFigures
 
-if TYPE_CHECKING:
-    from paceline.draftmodels.prune.job import Outcome
 
-
-def write_report(folder: Path, outcome: "Outcome", about: Mapping[str, Any]) -> Path:
+def write_report(folder: Path, outcome: Outcome, about: Mapping[str, Any]) -> Path:
     """Write ``report.html`` into the artifact's folder and return its path.
 
     Args:
