@@ -110,7 +110,9 @@ def test_ragged_blocks_are_verified_as_by_the_native_kernel(drafted: Any, rule: 
             SampledBlock(row, block.token_ids, block.probs, block.columns)
             for row, block in zip(first_rows, blocks, strict=True)
         ]
-        assert got == verify_sampled(scores, sampled, uniforms, by_block=rule == "block", pool=pool("portable"))
+        assert got == verify_sampled(
+            scores, sampled, uniforms, by_block=rule == "block", pool=pool("portable")
+        )
         seen.update(accepted for accepted, _ in got)
     assert {0, 1, 3, 4} <= seen  # refused at once, somewhere, and accepted whole
 
