@@ -96,7 +96,10 @@ def _of_ones(variant: Variant) -> Variant:
     ones = {name: 1 for name in variant.arguments if name in _COUNTS}
     rest = {name: type_ for name, type_ in variant.arguments.items() if name not in ones}
     return replace(
-        variant, label=f"{variant.label}, ones", arguments=rest, constants={**variant.constants, **ones}
+        variant,
+        label=f"{variant.label}, ones".lstrip(", "),
+        arguments=rest,
+        constants={**variant.constants, **ones},
     )
 
 
