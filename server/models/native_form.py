@@ -36,6 +36,7 @@ from paceline.server.models.sparse_form import (
     sparse_names,
     take_quantization,
 )
+from paceline.server.models.student import is_student
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -238,8 +239,9 @@ class NativeCheckpoint:
             yield f"{MANIFEST} says weights.format {self.manifest.weights['format']}, but {name} is sparse"
 
     def _check_target(self, target: Checkpoint) -> None:
-        sha256 = target.weights_sha256()
-        check_base_weights(self.manifest.base, sha256, artifact=self.path, target=target.path)
+        if not _is_student_of(target, self.manifest.base.weights_sha256):
+            sha256 = target.weights_sha256()
+            check_base_weights(self.manifest.base, sha256, artifact=self.path, target=target.path)
         names, theirs = frozenset(target.tensor_names()), target.hf_config.get("hidden_size")
         for name in self.manifest.shared_with_target:
             if _name_in(target, name) not in names:
@@ -256,6 +258,14 @@ class NativeCheckpoint:
                 f"{self.path}: {HEAD} has {len(tensor)} rows, "
                 f"but {self.manifest.draft_vocab} lists {len(self.draft_vocab)} ids"
             )
+
+
+def _is_student_of(target: Checkpoint, sha256: str) -> bool:
+    """Whether a target is a student of the model with these weights: what its base's drafts share is in it too, and a
+    draft never changes what its target says."""
+    if not isinstance(target, NativeCheckpoint):
+        return False
+    return is_student(target.manifest) and target.manifest.base.weights_sha256 == sha256
 
 
 def head_name(checkpoint: Checkpoint) -> str:

@@ -33,7 +33,8 @@ from paceline.kernels.cpu.library import best_isa
 from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import interleave_rows
 from paceline.server.errors import UserError
-from paceline.server.models.loader import ModelLoader
+from paceline.server.models.llama import Decoder
+from paceline.server.models.loader import LoadedModel, ModelLoader
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "paceline.json"
 Files = dict[str, bytes]
@@ -342,10 +343,22 @@ def check_plan(plan: DecoderPlan, files: Files, weights: str) -> None:
             torch.testing.assert_close(packed.unpack(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+def run_modules(model: LoadedModel) -> None:
+    """The linears of the first block, as torch modules."""
+    assert isinstance(model.weights, Decoder)
+    block: Any = model.weights.blocks[0]
+    x = torch.ones(2, model.config.hidden_size, dtype=model.kv_dtype)
+    with torch.no_grad():
+        assert block.mlp(x).shape == x.shape
+        assert block.attention.qkv(x).shape == (2, block.attention.qkv.out_features)
+
+
 def load_and_run(folder: Path, files: Files, rng: random.Random) -> None:
     """Through the whole loader and a forward."""
     if rng.random() < 0.15:
-        ModelLoader(torch.device("cpu")).load(folder, rng.choice(["fp32", "bf16"]), fleeting=True)
+        run_modules(
+            ModelLoader(torch.device("cpu")).load(folder, rng.choice(["fp32", "bf16"]), fleeting=True)
+        )
         return
     weights: Any = rng.choice(["fp32", "bf16", "int8"])
     kernels = pool("portable" if rng.random() < 0.3 else best_isa(), 1)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TinyCheckpoint
 from engines import NO_DRAFT, Recorder, request, run, spec, tiny_engine, tokens
-from native_drafts import HEAD
+from native_drafts import EMBEDDING, HEAD, write_draft, write_near_feature_draft
 from native_kernels import require_native
 from sparse_students import write_dense_twin, write_tiny_student
 
@@ -15,6 +16,7 @@ from paceline.kernels.cpu.library import ISAS
 from paceline.server.engine import parts
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.request import Request
+from paceline.server.errors import ArtifactError
 from paceline.server.models.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -111,6 +113,26 @@ def test_sparse_drafts_share_tensors_and_restrict_their_vocabulary(target: Path,
     got = tokens(tiny_engine(model, observer=recorder), *asked())
     assert got == tokens(engine(target), *asked())
     assert sum(r.speculation.num_accepted_draft_tokens for r in recorder.requests) > 5
+
+
+@pytest.mark.parametrize("reads_states", [False, True])
+def test_a_student_takes_its_parents_drafts(
+    reads_states: bool, kernels: str, target: Path, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+):
+    """Also those that share tensors, which they then take from the student."""
+    student = write_tiny_student(tmp_path / "s", target, sparsity=0.2)
+    folder = tmp_path / "draft"
+    if reads_states:
+        draft = write_near_feature_draft(folder, target)
+    else:
+        draft = write_draft(folder, target, target, shared=[EMBEDDING, HEAD])
+    recorder = Recorder()
+    speculating = tiny_engine(spec(student, draft=draft, max_draft_tokens=3), observer=recorder)
+    assert tokens(speculating, *asked()) == tokens(engine(student), *asked())
+    assert sum(r.speculation.num_accepted_draft_tokens for r in recorder.requests) > 5
+    other = write_tiny_student(tmp_path / "other", tiny_checkpoint("llama", seed=4))
+    with pytest.raises(ArtifactError, match="name the target that it was made for"):
+        tiny_engine(spec(other, draft=draft))
 
 
 def test_serving_a_student_says_that_it_is_lossy(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TinyCheckpoint
 from native_drafts import HEAD
-from native_kernels import pool, require_native, run_alone
+from native_kernels import TINY_SHAPES, pool, require_native, run_alone
 from safetensors.torch import load_file, save_file
 from sparse_students import is_pruned, prune, write_dense_twin, write_tiny_student
 from torch import Tensor
@@ -384,3 +384,21 @@ def test_what_contradicts_itself_is_not_written(target: Path, tmp_path: Path):
             write(tensors, weights)
         assert not (tmp_path / "new").exists()
     assert all(is_pruned(name) for name in sparse)
+
+
+@pytest.mark.parametrize("shape", ["odd-heads", "head-6", "biases"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_shapes_that_fill_no_tiles(shape: str, dtype: Any, tiny_checkpoint: TinyCheckpoint, tmp_path: Path):
+    """Rows that are not whole tiles, inputs that are not whole bytes of a mask, biases, q and k norms."""
+    arch, overrides = TINY_SHAPES[shape]
+    parent = tiny_checkpoint(arch, **overrides)
+    weights = "int8" if dtype == "int8" else "bf16"
+    student = write_tiny_student(tmp_path / "s", parent, dtype=dtype)
+    twin = write_dense_twin(tmp_path / "d", parent, dtype=dtype)
+    ours, theirs = native(student, weights), native(twin, weights)
+    for a, b in zip(ours.linears, theirs.linears, strict=True):
+        assert torch.equal(a.unpack(), b.unpack())
+    assert torch.equal(logits(ours), logits(theirs))
+    x = torch.ones(2, ours.hidden)
+    mlps: list[Any] = [decoder(folder).blocks[1] for folder in (student, twin)]
+    torch.testing.assert_close(mlps[0].mlp(x), mlps[1].mlp(x), rtol=1e-5, atol=1e-5)
