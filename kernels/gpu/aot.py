@@ -5,7 +5,7 @@ compiles (see ``runtime``): a triton that interprets has nothing to compile.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import triton
@@ -27,6 +27,7 @@ _POINTER = {"fp32": "*fp32", "fp16": "*fp16", "bf16": "*bf16", "int8": "*i8"}
 _ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 #: Multiples of 16 in every model that is known here, which the runtime sees and makes use of.
 _ALIGNED_SIZES = ("out_features", "in_features", "width")
+_COUNTS = ("chunks", "column_tiles", "tiles_per_split", "splits", "depth")
 _ROWS, _COLUMNS, _CHUNKS = 16, 128, 64
 
 
@@ -77,7 +78,32 @@ def _is_aligned(name: str, type_: Any) -> bool:
 
 
 def variants() -> Iterator[Variant]:
-    """What is compiled and reported: every kernel, the sparse ones in every format."""
+    """What is compiled and reported: every kernel, the sparse ones in every format and with every flag."""
+    plain = list(_variants())
+    yield from plain
+    for kernel in dict.fromkeys(variant.kernel for variant in plain):
+        variant = next(v for v in plain if v.kernel is kernel)
+        yield _of_ones(variant)
+        for flag in ("HAS_BIAS", "IS_PARTIAL", "IN_FP32"):
+            if variant.constants.get(flag) is False:
+                yield replace(
+                    variant, label=f"{variant.label}, {flag}", constants={**variant.constants, flag: True}
+                )
+
+
+def _of_ones(variant: Variant) -> Variant:
+    """Counts of 1, which triton takes for known when compiling."""
+    ones = {name: 1 for name in variant.arguments if name in _COUNTS}
+    rest = {name: type_ for name, type_ in variant.arguments.items() if name not in ones}
+    return replace(
+        variant,
+        label=f"{variant.label}, ones".lstrip(", "),
+        arguments=rest,
+        constants={**variant.constants, **ones},
+    )
+
+
+def _variants() -> Iterator[Variant]:
     for dtype in _POINTER:
         for layout, longest, per_word in (
             ("bitmask 50%", 2048, 0),

@@ -25,7 +25,7 @@ BLOCK = 1024
 @triton.jit
 def row_stats_kernel(scores, first_rows, lengths, maxima, sums, width, chunks, depth, BLOCK: tl.constexpr):
     """Each chunk's maximum and sum of exp(score - maximum), fp32 and float64 [B, K + 1, C]."""
-    block, position, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, position, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if position <= tl.load(lengths + block):
         row = tl.load(first_rows + block) + position
         ids = chunk * BLOCK + tl.arange(0, BLOCK)
@@ -63,7 +63,7 @@ def joint_kernel(
     CHUNKS: tl.constexpr,
 ):
     """p_i(y_i) / q_i(y_i) and P_i = min(P_{i-1} p_i / q_i, 1), float64 [B, K]; the softmax terms, fp32 [B, K + 1]."""
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     length, first = tl.load(lengths + block), tl.load(first_rows + block)
     every = tl.arange(0, CHUNKS)
     here = every < chunks
@@ -105,7 +105,7 @@ def surplus_kernel(
     BLOCK: tl.constexpr,
 ):
     """Chunks of S_i = sum_v max(P_i p_{i+1}(v) - q_{i+1}(v), 0), float64 [B, K, C]; i = 1..length - 1."""
-    block, position, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, position, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     if position + 1 < tl.load(lengths + block):
         ids = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = ids < width
@@ -134,7 +134,7 @@ def accept_kernel(
     CHUNKS: tl.constexpr,
 ):
     """Accepted tokens, int64 [B], and what multiplies p in the residual, fp32 [B]."""
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + block)
     every = tl.arange(0, CHUNKS)
     count = length * 0
@@ -194,7 +194,7 @@ def residual_kernel(
     BLOCK: tl.constexpr,
 ):
     """Each chunk's sums of the residual and of p at the first position not accepted, float64 [B, C]."""
-    block, chunk = tl.program_id(0), tl.program_id(1)
+    block, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     ids = chunk * BLOCK + tl.arange(0, BLOCK)
     first, length = tl.load(first_rows + block), tl.load(lengths + block)
     position, scale = tl.load(accepted + block), tl.load(scales + block)
@@ -226,7 +226,7 @@ def draw_kernel(
     CHUNKS: tl.constexpr,
 ):
     """The token that follows: the first id whose running sum exceeds uniform times total, int64 [B]."""
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     first, length = tl.load(first_rows + block), tl.load(lengths + block)
     position, scale = tl.load(accepted + block), tl.load(scales + block)
     every = tl.arange(0, CHUNKS)

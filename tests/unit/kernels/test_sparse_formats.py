@@ -1,6 +1,7 @@
 """The canonical sparse layout: bit-exact round trips, exact sizes, and refusal of parts that contradict each other."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_corrupt_bitmask_weights_are_refused(fault: str) -> None:
         dataclasses.replace(sparse, **BITMASK_FAULTS[fault](sparse))
 
 
-INT8_FAULTS = {
+INT8_FAULTS: dict[str, dict[str, Any]] = {
     "no scale": {"scale": None},
     "scale of another shape": {"scale": torch.ones(4)},
     "scale of another type": {"scale": torch.ones(5, dtype=torch.float64)},

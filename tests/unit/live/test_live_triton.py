@@ -14,6 +14,7 @@ from live_server import serve_in_thread
 from sparse_students import write_tiny_student
 
 from paceline.kernels import dispatch, ops, reference_sampling
+from paceline.kernels.formats import ValueDtype
 from paceline.kernels.gpu import runtime
 from paceline.server.api.app import create_app
 from paceline.server.api.settings import ApiSettings
@@ -52,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[.
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     parent = tiny_checkpoint("llama", num_key_value_heads=1, **small)
     folder = tmp_path_factory.mktemp("students")
-    kinds = {"bitmask": ("unstructured", "int8"), "n-m": ("16:32", "fp32")}
+    kinds: dict[str, tuple[str, ValueDtype]] = {"bitmask": ("unstructured", "int8"), "n-m": ("16:32", "fp32")}
     return [
         replace(
             spec(write_tiny_student(folder / name, parent, pattern=pattern, dtype=dtype), name, draft=parent),
