@@ -109,6 +109,19 @@ def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint(student: Path, parent: Pat
     assert losses(run) == losses(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("interruptible")
+def test_a_job_that_was_stopped_at_its_last_step_is_measured_when_resumed(
+    student: Path, parent: Path, tmp_path: Path
+) -> None:
+    run, recipe = tmp_path / "run", small_recipe(max_steps="4")
+    shown = Shown({4: lambda: os.kill(os.getpid(), signal.SIGINT)})
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(student, parent, run, recipe, shown=shown)[0].train()
+    state = make_trainer(student, parent, run, recipe)[0].train()
+    assert state.step == 4
+    assert [m["step"] for m in state.measured] == [0, 3, 4]
+
+
 def test_budgets_end_the_job(student: Path, parent: Path, tmp_path: Path) -> None:
     def done(name: str, **changes: Any) -> RecoveryState:
         return make_trainer(student, parent, tmp_path / name, small_recipe(**changes))[0].train()
