@@ -21,7 +21,7 @@ class RunningJob:
         started: when the job began, on ``clock``: opening models and the like count as its time, too.
 
     Attributes:
-        interrupted: whether Ctrl-C was pressed (on any rank's word: the main one's, from ``stop`` on).
+        interrupted: whether Ctrl-C ends the job: as ``stop`` last found it on the main rank, so that all ranks agree.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class RunningJob:
         started: float | None = None,
     ) -> None:
         self._state, self._budget, self._ranks, self._clock = state, budget, ranks, clock
-        self.interrupted = False
+        self.interrupted = self._signalled = False
         self._saved_at = clock()
         self._worked_from = self._saved_at if started is None else started
 
@@ -62,7 +62,7 @@ class RunningJob:
     def stop(self, *, exhausted: bool) -> bool:
         """Whether to stop: budget used, patience at its end, or Ctrl-C; the main rank decides."""
         over = self.used() >= 1 or exhausted
-        over, self.interrupted = self._ranks.from_main((over, self.interrupted))
+        over, self.interrupted = self._ranks.from_main((over, self._signalled))
         return over or self.interrupted
 
     def count_time(self) -> None:
@@ -86,9 +86,9 @@ class RunningJob:
         torch.set_num_threads(threads)
 
         def interrupt(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
+            if self._signalled:
                 raise KeyboardInterrupt  # a second time: at once, from the last checkpoint
-            self.interrupted = True
+            self._signalled = True
 
         previous = signal.signal(signal.SIGINT, interrupt)
         try:

@@ -49,7 +49,7 @@ class Recipe:
     )
     batch_tokens: int = key_field("Tokens per forward, prompts included.", 1024, low=1)
     accumulate: int = key_field("Forwards whose gradients make one step, over all ranks.", 1, low=1)
-    lr: float = key_field("Peak learning rate; it falls to 0 in a straight line.", 1e-4, above=0)
+    lr: float = key_field("Peak learning rate; it falls to 0 in a straight line.", 3e-4, above=0)
     warm_up: int = key_field("Steps in which the rate rises.", 20, low=0)
     weight_decay: float = key_field("AdamW's weight decay of matrices.", 0.0, low=0)
     grad_clip: float = key_field("Longest gradient, over all parameters.", 1.0, above=0)

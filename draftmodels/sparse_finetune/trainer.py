@@ -121,6 +121,9 @@ class Trainer:
                 self._save()
             while not self._stop():
                 self._train_epoch()
+            if not self._job.interrupted and self.state.measured[-1]["step"] != self.state.step:
+                self._measure()
+                self._save()
         if self._job.interrupted:
             raise KeyboardInterrupt
         return self.state
@@ -131,12 +134,11 @@ class Trainer:
         batches = order.batches(lengths, recipe.step_tokens, state.round, recipe.seed)
         for batch in batches[state.round_step :]:
             self._step([self._parts.sequences[i] for i in self._parts.ranks.mine(batch)])
-            over = self._stop()
-            if state.step % recipe.eval_every == 0 or (over and not self._job.interrupted):
+            if state.step % recipe.eval_every == 0:
                 self._measure()
                 self._save()
-                over = over or self._stop()
-            elif over or self._job.seconds_since_save() > CHECKPOINT_SECONDS:
+            over = self._stop()
+            if self._job.interrupted or self._job.seconds_since_save() > CHECKPOINT_SECONDS:
                 self._save()
             if over:
                 return

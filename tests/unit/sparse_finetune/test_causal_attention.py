@@ -24,8 +24,8 @@ def test_blocks_are_the_whole(window: int | None) -> None:
 
     distance = torch.arange(width)[:, None] - torch.arange(width)
     mask = (distance >= 0) & (distance < (window or width))
-    padded = [place.spread(x).transpose(1, 2) for x in (q, k, v)]
-    theirs = F.scaled_dot_product_attention(*padded, attn_mask=mask, enable_gqa=True)
+    queries, keys, values = (place.spread(x).transpose(1, 2) for x in (q, k, v))
+    theirs = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
     expected = place.collect(theirs.transpose(1, 2)).flatten(1)
     assert torch.allclose(ours, expected, atol=1e-5)
 

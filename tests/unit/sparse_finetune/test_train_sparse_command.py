@@ -98,7 +98,7 @@ def test_a_run_leaves_a_better_student(
 
 
 def test_the_engine_serves_what_was_exported(student: Path, tmp_path: Path, data: Path) -> None:
-    """In fp32, so that tokens are the same; the engine's int8 activations, which training has not, would flip some."""
+    """In fp32, so that tokens are the same: the engine's int8 activations, which training lacks, would flip some."""
     more = ("--max-steps", "3", "--quantize", "none")
     assert console.main(arguments(student, data, tmp_path / "run", *more)) == 0
     best = NativeCheckpoint(tmp_path / "run" / "best")
