@@ -12,7 +12,8 @@ from torch import Tensor
 from paceline.kernels import reference
 from paceline.kernels.bench import ceiling, decode_step
 from paceline.kernels.bench.ceiling import Reader
-from paceline.kernels.bench.decode_step import CASES, CheckFailedError, check_linears, check_rows, run_case
+from paceline.kernels.bench.decode_step import CASES, check_linears, check_rows, run_case
+from paceline.kernels.bench.record import RESULTS, CheckFailedError
 from paceline.kernels.bench.shapes import SHAPES, Shape, executor, random_plan
 from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import KernelsMissing, Pool
@@ -115,7 +116,7 @@ def test_the_ceiling_prints_one_json_line(pool: Pool, capsys: pytest.CaptureFixt
 def test_ceiling_checks_times_and_json_in_this_order(
     pool: Pool, small: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    (tmp_path / decode_step.RESULTS).mkdir(parents=True)
+    (tmp_path / RESULTS).mkdir(parents=True)
     assert decode_step.main(["--quick", "--threads", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = {
@@ -124,7 +125,7 @@ def test_ceiling_checks_times_and_json_in_this_order(
     }
     assert at["ceiling"] < at["checked"] < at["decode 1x1"]
     record = json.loads(lines[-1])
-    (stored,) = (tmp_path / decode_step.RESULTS).iterdir()
+    (stored,) = (tmp_path / RESULTS).iterdir()
     assert stored.name == f"{record['date']}-decode-step-quick.json"
     assert json.loads(stored.read_text(encoding="utf-8")) == record
     (model,) = record["models"]

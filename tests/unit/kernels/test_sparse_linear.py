@@ -1,5 +1,6 @@
 """Sparse tiles: a sparse weight gives the bits of the same weight dense, on every instruction set and in any batch."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -47,7 +48,7 @@ def test_a_sparse_weight_gives_the_bits_of_a_dense_one(isa, format, density):
             expected = pool(isa).linear(x, dense)
             assert torch.equal(pool(isa).linear(x, sparse), expected)
             assert torch.allclose(
-                ops.linear(x, sparse), expected, rtol=1e-4, atol=1e-4 * expected.abs().max()
+                ops.linear(x, sparse), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
             )
 
 
@@ -84,22 +85,24 @@ def test_bytes_are_those_of_the_kept_values_and_a_bit_for_every_weight(format):
     assert len(sparse.data) == int(sparse.tile_starts[-1]) + 64
 
 
-def _sparse_layer(layer: LayerPlan) -> LayerPlan:
-    linears = {}
-    for name in ("qkv", "output", "gate_up", "down"):
-        dense: PackedLinear = getattr(layer, name)
-        weight = dense.unpack()
-        kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(weight))) < 0.4
-        linears[name] = (torch.where(kept, weight, 0.0), kept)
+def _each_linear(layer: LayerPlan, change: Callable[[PackedLinear], PackedLinear]) -> LayerPlan:
     return replace(
-        layer, **{name: pack_sparse(w, kept, layer.qkv.format) for name, (w, kept) in linears.items()}
+        layer,
+        qkv=change(layer.qkv),
+        output=change(layer.output),
+        gate_up=change(layer.gate_up),
+        down=change(layer.down),
     )
 
 
-def _densified(layer: LayerPlan) -> LayerPlan:
-    names = ("qkv", "output", "gate_up", "down")
-    packed: dict[str, PackedLinear] = {name: getattr(layer, name) for name in names}
-    return replace(layer, **{name: pool("portable").pack(p.unpack(), p.format) for name, p in packed.items()})
+def _pruned(dense: PackedLinear) -> PackedLinear:
+    weight = dense.unpack()
+    kept = torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(weight))) < 0.4
+    return pack_sparse(torch.where(kept, weight, 0.0), kept, dense.format)
+
+
+def _densified(sparse: PackedLinear) -> PackedLinear:
+    return pool("portable").pack(sparse.unpack(), sparse.format)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -107,8 +110,8 @@ def test_a_decoder_of_sparse_linears_equals_its_dense_copy_in_any_batch(isa, for
     """Gate and up in pairs, residual adds and look-ahead included; ffn 72 leaves a half tile."""
     shape = Shape(layers=2, hidden=48, ffn=72, heads=3, kv_heads=1, head_dim=16, vocab=50)
     plan = random_plan(shape, format, pool("portable"))
-    sparse = replace(plan, layers=tuple(_sparse_layer(layer) for layer in plan.layers))
-    dense = replace(sparse, layers=tuple(_densified(layer) for layer in sparse.layers))
+    sparse = replace(plan, layers=tuple(_each_linear(layer, _pruned) for layer in plan.layers))
+    dense = replace(sparse, layers=tuple(_each_linear(layer, _densified) for layer in sparse.layers))
     tokens, spans = list(range(23)), [(0, 9, 0, [0]), (9, 14, 0, [1])]
     results = []
     for some in (sparse, dense, plan):
