@@ -1,7 +1,4 @@
-"""Damages the files of a sparse artifact at random: headers, masks, offsets, values, lengths, types, JSON.
-
-A case is a number: the same number does the same damage.
-"""
+"""Random damage to the files of a sparse artifact: well-formed files that lie, and files that are not well-formed."""
 
 import json
 import math
