@@ -26,7 +26,7 @@ class StudentAbout:
     Attributes:
         parent: the artifact that training started from; tokenizer, base and kind are its.
         int8: whether values are int8 with a scale per output row; else fp32.
-        untrained: tensors that are stored in the type they were read in, by name.
+        untrained: frozen tensors as they were read, by name; with fp32 values they are stored in that type.
     """
 
     parent: Path
@@ -59,7 +59,9 @@ def export_student(
         name: sparse_weight(tensors.pop(name), mask.cpu(), about.pattern, int8=about.int8)
         for name, mask in kept.items()
     }
-    dense = {name: _stored(name, tensor) for name, tensor in tensors.items()} | dict(about.untrained)
+    # A student with fp32 values has an fp32 embedding; beside int8 values that would be half of the file.
+    untrained = {name: _stored(name, t) if about.int8 else t for name, t in about.untrained.items()}
+    dense = {name: _stored(name, tensor) for name, tensor in tensors.items()} | untrained
     start = about.manifest
     manifest = Manifest(
         kind=start.kind,
