@@ -139,7 +139,9 @@ def _run(plan: "Plan", prompts: "list[Prompt]", *, output: Path | None, records:
     report = to_json(setting, results, interrupted=interrupted)
     _print(report, setting, results, as_json=as_json)
     if output is not None and results:
-        write(output, report)
+        from paceline.draftmodels.evaluate.plots import plot
+
+        write(output, report, plot)
         _note(f"wrote {output}")
     if interrupted:
         _note(

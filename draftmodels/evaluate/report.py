@@ -1,7 +1,7 @@
 """A measurement as one JSON object, as a table of 80 columns, and as files."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,15 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def write(folder: Path, report: Mapping[str, Any]) -> None:
+def write(folder: Path, report: Mapping[str, Any], plot: Callable[[Mapping[str, Any], Path], None]) -> None:
     """Plot and report, the report last: where it is, all is there.
+
+    Args:
+        plot: draws the report into a file.
 
     Raises:
         ConfigError: nothing can be written.
     """
-    from paceline.draftmodels.evaluate.plots import plot
-
     try:
         plot(report, folder / PLOT)
         write_text_atomic(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -92,9 +92,10 @@ def _run(plan: "Plan", folder: Path, *, output: Path | None, records: bool, as_j
     """Measure, report what is finished, and return the exit code."""
     from rich.console import Console
 
+    from paceline.draftmodels.evaluate.report import write
     from paceline.draftmodels.evaluate.sparse.measure import Outcome, describe, measure
     from paceline.draftmodels.evaluate.sparse.report import as_json as to_json
-    from paceline.draftmodels.evaluate.sparse.report import print_report, recorded, write
+    from paceline.draftmodels.evaluate.sparse.report import plot, print_report, recorded
     from paceline.server.models.manifest import MANIFEST, write_manifest
 
     outcome = Outcome()
@@ -107,7 +108,7 @@ def _run(plan: "Plan", folder: Path, *, output: Path | None, records: bool, as_j
         else:
             print_report(Console(), setting, outcome.found)
         if output is not None:
-            write(output, report)
+            write(output, report, plot)
             _note(f"wrote {output}")
         if records and plan.manifest is not None and not outcome.interrupted:
             write_manifest(folder, recorded(plan.manifest, setting, outcome.found))

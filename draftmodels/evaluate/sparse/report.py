@@ -1,6 +1,5 @@
 """A student's measurement as one JSON object, as tables of 80 columns, as a picture, and as a manifest's entry."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -11,14 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from paceline.draftmodels.evaluate.report import PLOT, REPORT
 from paceline.draftmodels.evaluate.sparse.losses import Losses
 from paceline.draftmodels.evaluate.sparse.sizes import LayerSparsity, overall
 from paceline.draftmodels.evaluate.sparse.speed import Speed
-from paceline.server.errors import ConfigError
 from paceline.server.models.manifest import Manifest
 from paceline.server.models.student import KL
-from paceline.server.models.verified import write_text_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,19 +135,6 @@ def _cells(layer: LayerSparsity, names: Sequence[str]) -> tuple[str, ...]:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def write(folder: Path, report: Mapping[str, Any]) -> None:
-    """Plot and report, the report last: where it is, all is there.
-
-    Raises:
-        ConfigError: nothing can be written.
-    """
-    try:
-        plot(report, folder / PLOT)
-        write_text_atomic(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--output: {folder} cannot be written: {error.strerror}") from error
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

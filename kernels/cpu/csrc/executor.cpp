@@ -8,47 +8,14 @@
 #include <new>
 
 #include "isa.h"
+#include "linear_phase.h"
 #include "pool.h"
-#include "tiles.h"
 #include "workspace.h"
 
 namespace {
 
-// Tiles per claim of a linear layer, a power of two: kernels take up to 4 at a time, gated layers need pairs. What counts
-// is the thread with the most work: whole claims, each of which costs about as much as reading kClaimBytes.
-constexpr int kMostTilesPerClaim = 8, kFewestTilesPerClaim = 2;
-constexpr int64_t kClaimBytes = 2048;
-
-int tiles_per_claim(const pl_linear &l, int threads) {
-    const int64_t tiles = num_tiles(l), tile_bytes = weight_bytes(l) / tiles;
-    int best = kMostTilesPerClaim;
-    int64_t least = INT64_MAX;
-    for (int chunk = kMostTilesPerClaim; chunk >= kFewestTilesPerClaim; chunk /= 2) {
-        const int64_t claims = (tiles + chunk - 1) / chunk, most = (claims + threads - 1) / threads;
-        const int64_t cost = most * (chunk * tile_bytes + kClaimBytes);
-        if (cost < least) least = cost, best = chunk;
-    }
-    return best;
-}
-
-// The first claim that a thread will make of a layer, if it is one of the first two threads.
-Lookahead first_claim(const pl_linear &l, int thread, int threads) {
-    const int tiles = num_tiles(l), claim = std::min(tiles, tiles_per_claim(l, threads));
-    const auto *data = (const uint8_t *)l.data;
-    if (thread == 0) return {data, data + tile_start(l, claim)};
-    if (thread == 1) return {data + tile_start(l, tiles - claim), data + weight_bytes(l)};
-    return {};
-}
-
 // The engine thread makes all forwards, so one workspace per thread is one workspace.
 thread_local Workspace workspace;
-
-void linear_phase(Worker &worker, const KernelTable &k, const pl_linear &l, const Input &input, const Output &out, int rows,
-                  int threads, Lookahead *ahead = nullptr) {
-    const int chunk = tiles_per_claim(l, threads), step = worker.from_back() ? -chunk : chunk;
-    worker.each(num_tiles(l), chunk,
-                [&](int begin, int end) { k.linear_tiles(l, input, out, rows, begin, end, std::max(0, begin + step)); }, ahead);
-}
 
 void widen(const uint16_t *bf16, float *out, int n) {
     for (int i = 0; i < n; i++) {
@@ -303,31 +270,6 @@ void pl_read_states(const pl_model *m, const pl_batch *b, float *out) {
             else widen((const uint16_t *)from, to, m->hidden);
         }
     }
-}
-
-int32_t pl_linears_forward(const pl_linear *linears, int32_t count, const float *x, int32_t rows, int32_t width, float *y,
-                           pl_pool *pool, int32_t isa) {
-    const KernelTable *kernels = kernels_for(isa);
-    if (!kernels) return -2;
-    try {
-        int widest = 0;
-        for (int i = 0; i < count; i++) widest = std::max(widest, linears[i].in_padded);
-        const Inputs inputs(workspace, rows, widest);
-        pool->run([&](Worker &worker) {
-            for (int i = 0; i < count; i++) {
-                const pl_linear &l = linears[i];
-                Lookahead ahead = first_claim(l, worker.thread(), pool->threads());
-                worker.each_item(rows, [&](int row) {
-                    kernels->prepare_row(x + (int64_t)row * width, nullptr, 0.0f, l, inputs.row(l, row));
-                }, &ahead);
-                ahead = first_claim(linears[(i + 1) % count], worker.thread(), pool->threads());
-                linear_phase(worker, *kernels, l, inputs.all(), {Output::kStore, y, l.out}, rows, pool->threads(), &ahead);
-            }
-        });
-    } catch (const std::bad_alloc &) {
-        return -1;
-    }
-    return 0;
 }
 
 void pl_argmax(const float *x, int32_t rows, int64_t columns, int32_t *index, pl_pool *pool, int32_t isa) {
