@@ -21,7 +21,7 @@ from paceline.server.engine.kv_arena import MemberShape
 from paceline.server.errors import ConfigError
 from paceline.server.models.bundled import bundled_draft
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
-from paceline.server.models.manifest import check_tokenizer, read_manifest
+from paceline.server.models.manifest import Manifest, check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
 from paceline.server.models.student import declaration, is_student
 from paceline.server.models.tokenizer import load_tokenizer, tokenizer_folder
@@ -111,9 +111,17 @@ def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
         _log.warning("%s", declaration(manifest, path))
     speculation = spec.speculation
     if speculation.draft == AUTO_DRAFT:
-        speculation = replace(speculation, draft=bundled_draft(target.weights_sha256))
+        speculation = replace(speculation, draft=_bundled_for(target, manifest))
     spec = replace(spec, speculation=speculation)
     return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader))
+
+
+def _bundled_for(target: LoadedModel, manifest: Manifest | None) -> str | None:
+    """The draft that comes with Paceline for a target; a student that has none takes its parent's."""
+    own = bundled_draft(target.weights_sha256)
+    if own is None and manifest is not None and is_student(manifest):
+        return bundled_draft(manifest.base.weights_sha256)
+    return own
 
 
 def load_draft(
