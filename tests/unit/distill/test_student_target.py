@@ -16,7 +16,7 @@ from paceline.server.models.native_form import NativeCheckpoint
 
 DRAFTS = {
     "feature": ("--init", "feature", "--draft-vocab", "200", "--lr", "1e-2", "--max-steps", "60"),
-    "cut": ("--init", "layers:0,1", "--source", "mixed", "--max-steps", "16"),
+    "cut": ("--init", "layers:0", "--source", "mixed", "--max-steps", "24"),
 }
 SMALL_SPARSE = "--batch-tokens 60 --held-out 2 --eval-every 3 --threads 1 --lr 3e-3 --warm-up 2 --max-steps 6"
 SMALL_DRAFT = (
