@@ -20,7 +20,7 @@ from paceline.server.engine.steering_parts import SteeringParts, load_steering
 from paceline.server.errors import ConfigError
 from paceline.server.models.bundled import bundled_draft
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
-from paceline.server.models.manifest import check_tokenizer, read_manifest
+from paceline.server.models.manifest import Manifest, check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
 from paceline.server.models.student import declaration, is_student
 from paceline.server.models.tokenizer import HfTokenizer, load_tokenizer, same_tokenizer_files
@@ -122,15 +122,23 @@ def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
     steering = load_steering(spec, target, tokenizer, loader)
     speculation = spec.speculation
     if speculation.draft == AUTO_DRAFT:
-        speculation = replace(speculation, draft=_auto_draft(spec, target))
+        speculation = replace(speculation, draft=_auto_draft(spec, target, manifest))
     spec = replace(spec, speculation=speculation)
     return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader), steering)
 
 
-def _auto_draft(spec: ModelSpec, target: LoadedModel) -> str | None:
+def _auto_draft(spec: ModelSpec, target: LoadedModel, manifest: Manifest | None) -> str | None:
     """The draft that comes with Paceline for the target; for a steered one without it, the expert."""
     expert = EXPERT_DRAFT if any(pair.expert is not None for pair in spec.steering) else None
-    return bundled_draft(target.weights_sha256) or expert
+    return _bundled_for(target, manifest) or expert
+
+
+def _bundled_for(target: LoadedModel, manifest: Manifest | None) -> str | None:
+    """The draft that comes with Paceline for a target; a student that has none takes its parent's."""
+    own = bundled_draft(target.weights_sha256)
+    if own is None and manifest is not None and is_student(manifest):
+        return bundled_draft(manifest.base.weights_sha256)
+    return own
 
 
 def load_draft(
