@@ -96,7 +96,8 @@ def _turns(entry: Mapping[str, Any], where: str) -> Iterator[Mapping[str, Any]]:
     messages = entry.get("messages")
     if isinstance(messages, list):
         roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-        if roles and roles[-1] != "assistant" and not any(entry.get(key) for key in ("answer", "completion")):
+        asked = bool(roles) and roles[-1] not in ("assistant", None)
+        if asked and not any(entry.get(key) for key in ("answer", "completion")):
             raise DataError(
                 f"{where}: messages must end with the assistant's answer, which is what is learnt"
             )

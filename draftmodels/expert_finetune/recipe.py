@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from paceline.draftmodels.data.prompts import Template
 from paceline.draftmodels.finetune.recipe import CHANGEABLE, FinetuneRecipe
 from paceline.draftmodels.jobs.budget import Budget
 from paceline.draftmodels.jobs.recipes import Places, RecipeKind
@@ -36,7 +35,7 @@ class Recipe(FinetuneRecipe):
     lr: float = key_field("Peak learning rate; it falls to 0 in a straight line.", 1e-4, above=0)
     train_embedding: bool = key_field("Train the embedding and the head, too.", True)
     held_out: int = key_field("Prompts kept out of training, to measure on.", 64, low=1)
-    template: Template = key_field(
+    template: Literal["auto", "chat", "plain"] = key_field(
         "How a prompt is put to the model: through its chat template, as the text that it is (plain), or by the "
         "template if there is one (auto).",
         "auto",
