@@ -1,4 +1,4 @@
-"""``paceline train-expert`` with everything real but the model's size: a task that is learnt, kill and resume, ranks."""
+"""``paceline train-expert`` with everything real but the model's size: a task is learnt, kill and resume, ranks."""
 
 import json
 import os
@@ -24,31 +24,13 @@ from paceline.server.models.manifest import read_manifest
 from paceline.server.models.native_form import open_model
 from paceline.server.models.tokenizer import load_tokenizer
 
-SMALL = [
-    "--batch-tokens",
-    "240",
-    "--held-out",
-    "8",
-    "--eval-every",
-    "4",
-    "--threads",
-    "1",
-    "--lr",
-    "3e-3",
-    "--warm-up",
-    "2",
-    "--dtype",
-    "fp32",
-]
+SMALL_OPTIONS = (
+    "--batch-tokens 240 --held-out 8 --eval-every 4 --threads 1 --lr 3e-3 --warm-up 2 --dtype fp32"
+)
+SMALL = SMALL_OPTIONS.split()
 MAIN = (sys.executable, "-c", "from paceline.clients.console import main; raise SystemExit(main())")
-LAUNCHER = [
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node=2",
-    "--master-port=0",
-    "--standalone",
-    "--no-python",
-]
+LAUNCH_OPTIONS = "-m torch.distributed.run --nproc-per-node=2 --master-port=0 --standalone --no-python"
+LAUNCHER = LAUNCH_OPTIONS.split()
 
 
 def arguments(model: Path, data: Path, run: Path, *more: str) -> list[str]:
@@ -119,7 +101,7 @@ def test_plain_prompts_are_learnt_and_a_cut_model_can_be_the_start(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut_draft(str(tiny_checkpoint("qwen2")), (1,), tmp_path / "cut")
-    more = ("--template", "plain", "--max-steps", "80", "--eval-every", "80", "--json")
+    more = ("--template", "plain", "--max-steps", "150", "--eval-every", "150", "--json")
     assert console.main(arguments(tmp_path / "cut", data, tmp_path / "run", *more)) == 0
     assert json.loads(capsys.readouterr().out)["measured"]["exact_match"] == 1.0
     best = tmp_path / "run" / "best"
@@ -166,10 +148,8 @@ def test_answers_can_be_left_out_and_text_says_what_was_made(
     assert "answers exact" not in text
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert {line["epoch"] for line in lines} == {0}
-    assert all(
-        line["learnt"] > line["tokens"] - (lines[i - 1]["tokens"] if i else 0) - 60
-        for i, line in enumerate(lines)
-    )
+    # With the prompts learnt, all tokens are but the first of each of the 40 sequences.
+    assert sum(line["learnt"] for line in lines) == lines[-1]["tokens"] - 40
 
 
 def test_kill_and_resume_equal_the_uninterrupted_run(target: Path, tmp_path: Path, data: Path) -> None:
