@@ -100,17 +100,17 @@ def test_a_task_is_learnt_and_what_is_left_serves(
 def test_plain_prompts_are_learnt_and_a_cut_model_can_be_the_start(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut_draft(str(tiny_checkpoint("qwen2")), (1,), tmp_path / "cut")
-    more = ("--template", "plain", "--max-steps", "150", "--eval-every", "150", "--json")
+    cut_draft(str(tiny_checkpoint("qwen2", num_hidden_layers=3)), (0, 2), tmp_path / "cut")
+    more = ("--template", "plain", "--max-steps", "80", "--eval-every", "40", "--json")
     assert console.main(arguments(tmp_path / "cut", data, tmp_path / "run", *more)) == 0
     assert json.loads(capsys.readouterr().out)["measured"]["exact_match"] == 1.0
     best = tmp_path / "run" / "best"
     manifest = read_manifest(best)
     assert manifest is not None
-    assert manifest.recipe["start"]["recipe"] == {"init": {"method": "cut", "layers": [1]}}
+    assert manifest.recipe["start"]["recipe"] == {"init": {"method": "cut", "layers": [0, 2]}}
     names = open_model(best).tensor_names()
     assert "lm_head.weight" not in names  # it is tied
-    assert "model.layers.1.mlp.up_proj.weight" not in names
+    assert "model.layers.2.mlp.up_proj.weight" not in names
     prompt = load_tokenizer(best).encode("red 77")
     engine = LocalEngine(best, weights="bf16", threads=1, streams=2)
     try:
