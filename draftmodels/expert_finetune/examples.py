@@ -60,35 +60,40 @@ class Reader:
         """
         if path.suffix != ".jsonl":
             raise DataError(f"{path}: examples must be in a .jsonl file, one object per line")
-        read = [self._document(parse_object(line, where), where) for where, line in lines_of(path)]
-        usable = [document for document in read if document.sequences]
+        lines = [self._turns(parse_object(line, where), where) for where, line in lines_of(path)]
+        usable = [document for turns in lines if (document := _joined(turns)).sequences]
         if not usable:
             raise DataError(f"{path} holds nothing to learn from within {self.longest} tokens")
-        self._tell(len(read) - len(usable), usable)
+        self._tell([turn for turns in lines for turn in turns])
         return usable
 
     def is_whole(self, sequence: TokenSequence) -> bool:
         """Whether an answer was not cut short."""
         return sequence.tokens[-1:] == self._end
 
-    def _document(self, entry: Mapping[str, Any], where: str) -> Document:
+    def _turns(self, entry: Mapping[str, Any], where: str) -> list[Document]:
         try:
-            turns = [
+            return [
                 conversation(turn, self.tokenizer, self.longest, where, self.template)
                 for turn in _turns(entry, where)
             ]
         except InvalidRequestError as error:  # text that has no ids, or a template that refuses it
             raise DataError(f"{where}: {error}") from error
-        return Document(turns[-1].tokens, tuple(own for turn in turns for own in turn.sequences))
 
-    def _tell(self, left_out: int, usable: Sequence[Document]) -> None:
+    def _tell(self, turns: Sequence[Document]) -> None:
+        left_out = sum(not turn.sequences for turn in turns)
         if left_out:
             _log.warning("%d prompts of more than %d tokens are left out", left_out, self.longest - 1)
-        cut = sum(not self.is_whole(sequence) for document in usable for sequence in document.sequences)
+        cut = sum(not self.is_whole(sequence) for turn in turns for sequence in turn.sequences)
         if cut:
             _log.warning(
                 "%d answers are cut short, as they are longer than --sequence-tokens %d", cut, self.longest
             )
+
+
+def _joined(turns: Sequence[Document]) -> Document:
+    """A line's turns as one document, which is held out, or not, as a whole."""
+    return Document(turns[-1].tokens, tuple(own for turn in turns for own in turn.sequences))
 
 
 def _turns(entry: Mapping[str, Any], where: str) -> Iterator[Mapping[str, Any]]:

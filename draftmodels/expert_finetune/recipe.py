@@ -33,6 +33,7 @@ class Recipe(FinetuneRecipe):
         "Longest sequence, tokens: answers are cut short, longer prompts are left out.", 512, low=2
     )
     lr: float = key_field("Peak learning rate; it falls to 0 in a straight line.", 1e-4, above=0)
+    warm_up: int = key_field("Steps in which the rate rises.", 10, low=0)
     train_embedding: bool = key_field("Train the embedding and the head, too.", True)
     held_out: int = key_field("Prompts kept out of training, to measure on.", 64, low=1)
     template: Literal["auto", "chat", "plain"] = key_field(

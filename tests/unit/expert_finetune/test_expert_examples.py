@@ -156,6 +156,10 @@ def test_what_is_too_long_is_cut_or_left_out_and_said(
     said = [record.getMessage() for record in caplog.records]
     assert said[0].startswith("1 prompts of more than 19 tokens are left out")
     assert said[1].startswith("1 answers are cut short")
+    messages = [{"role": role, "content": word} for word in ("a", "z" * 99) for role in ("user", "assistant")]
+    (document,) = read(tmp_path, tokenizer, {"messages": messages}, longest=60)
+    assert len(document.sequences) == 1
+    assert caplog.records[-1].getMessage().startswith("1 prompts of more than 59 tokens are left out")
     with pytest.raises(DataError, match="nothing to learn from within 20 tokens"):
         read(tmp_path, tokenizer, long_prompt, template="plain", longest=20)
 
