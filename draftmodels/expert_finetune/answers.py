@@ -51,7 +51,7 @@ class ExactMatch:
             tokenizer = engine.tokenizer
         finally:
             engine.close()
-        right = sum(map(_matches, answers, self.examples, [tokenizer] * len(answers)))
+        right = sum(is_match(a, e, tokenizer) for a, e in zip(answers, self.examples, strict=True))
         return {
             "exact_match": right / len(answers),
             "n_prompts": len(answers),
@@ -60,7 +60,8 @@ class ExactMatch:
         }
 
 
-def _matches(answer: TokenSequence, example: TokenSequence, tokenizer: Tokenizer) -> bool:
+def is_match(answer: TokenSequence, example: TokenSequence, tokenizer: Tokenizer) -> bool:
+    """Whether an answer is the example's text, and was ended."""
     ended = answer.tokens[-1] in tokenizer.eos_ids
     return ended and _text(answer, tokenizer) == _text(example, tokenizer)
 

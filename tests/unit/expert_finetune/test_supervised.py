@@ -1,17 +1,21 @@
-"""The loss and its gradients against transformers: on answers only, whatever the forwards; measured as stored."""
+"""Loss and gradients against transformers: on answers only, whatever the forwards; measured as stored; matches."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.expert_finetune.answers import is_match
 from paceline.draftmodels.expert_finetune.recipe import load_recipe
 from paceline.draftmodels.expert_finetune.supervised import Examination, Supervised
 from paceline.draftmodels.finetune.batch import grouped, make_batch
 from paceline.draftmodels.finetune.decoder import make_trained
 from paceline.draftmodels.finetune.method import FinetuneState
+from paceline.server.engine.interface import Tokenizer
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.config import parse_model_config
 
@@ -123,3 +127,22 @@ def test_epochs_are_a_limit_beside_the_others() -> None:
     assert (both.tokens, both.seconds, both.steps) == (2000, 300.0, None)
     only_steps = load_recipe(None, {"data": "x", "max_steps": "7"}).budget(1000)
     assert (only_steps.tokens, only_steps.steps) == (None, 7)
+
+
+class _Tokenizer:
+    """Bytes as ids; 0 ends a sequence."""
+
+    eos_ids = frozenset({0})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i).decode()
+
+
+@pytest.mark.parametrize(
+    ("written", "matches"),
+    [(b"yes\0", True), (b" yes \0", True), (b"yes", False), (b"yes!\0", False), (b"\0", False)],
+)
+def test_a_match_is_the_right_text_ended_by_the_model(written: bytes, *, matches: bool) -> None:
+    right = TokenSequence(tuple(b"Q: yes\0"), 2)
+    answer = TokenSequence(tuple(b"Q:" + written), 2)
+    assert is_match(answer, right, cast(Tokenizer, _Tokenizer())) is matches
