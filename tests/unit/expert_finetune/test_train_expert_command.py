@@ -81,7 +81,10 @@ def test_a_task_is_learnt_and_what_is_left_serves(
         AutoModelForCausalLM.from_pretrained(run / "best"),
         AutoTokenizer.from_pretrained(run / "best"),
     )
-    assert hf.dtype is (torch.bfloat16 if store == "bf16" else torch.float32)
+    stored = torch.bfloat16 if store == "bf16" else torch.float32
+    weights = open_model(run / "best")
+    assert hf.dtype is stored
+    assert {weights.tensor(name).dtype for name in weights.tensor_names()} == {stored}
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=False
     )
