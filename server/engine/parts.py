@@ -98,15 +98,21 @@ def make_loader(engine: EngineConfig) -> ModelLoader:
     return ModelLoader(torch.device(engine.device), pool)
 
 
-def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
+def load_parts(spec: ModelSpec, loader: ModelLoader, *, fleeting: bool = False) -> Parts:
     """Load what a served model consists of.
+
+    Args:
+        fleeting: of the target, see ``ModelLoader.load``.
 
     Raises:
         UserError: a model that cannot be found or loaded, or a draft that does not fit.
     """
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
-    target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
+    target = _timed(
+        f"weights of {spec.name} ({spec.weights})",
+        lambda: loader.load(path, spec.weights, fleeting=fleeting),
+    )
     if target.config.head_rows != target.config.vocab_size:
         raise ConfigError(
             f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "

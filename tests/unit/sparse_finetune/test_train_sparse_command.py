@@ -15,9 +15,9 @@ from recovery_job import CPU, opened_models, small_recipe
 
 from paceline.clients import console
 from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.finetune.batch import make_batch
 from paceline.draftmodels.jobs.metrics import read_metrics
 from paceline.draftmodels.local_engine import LocalEngine
-from paceline.draftmodels.sparse_finetune.batch import make_batch
 from paceline.draftmodels.sparse_finetune.opening import open_student
 from paceline.draftmodels.sparse_finetune.recipe import (
     Recipe,
@@ -165,7 +165,7 @@ def test_another_job_cannot_be_resumed(
     run = tmp_path / "run"
     assert console.main(arguments(student, data, run, "--max-steps", "1")) == 0
     for changed, words in (
-        (["train-sparse", "other", "-o", str(run), "--resume"], "was started from"),
+        (["train-sparse", "other", "-o", str(run), "--resume"], "was started with"),
         (["train-sparse", str(student), "-o", str(run), "--resume", "--lr", "0.5"], "--lr: the run was"),
         (["train-sparse", str(student), "-o", str(run), "--resume", "--recipe", "ce"], "--recipe"),
         (["train-draft", str(student), "-o", str(run), "--resume"], "run of another command"),
