@@ -145,6 +145,7 @@ class Steering:
         )
         return logits
 
+    @torch.inference_mode()
     def _combine_(
         self, logits: Tensor, target: Runner, rows: SequenceOf[InFlight], spoken: Mapping[MemberTrack, Tensor]
     ) -> None:
