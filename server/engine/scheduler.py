@@ -30,17 +30,23 @@ class Scheduled:
         num_tokens: known tokens to compute (a prefill chunk, or 1), of the member that lacks most.
         draft_tokens: how many tokens a proposer may draft behind them; blocks are reserved.
         option: how they are drafted, None if none are.
+        left: known tokens that the member that lacks most will still lack after the step; settled when it is planned,
+            as members run one after the other.
     """
 
     sequence: Sequence
     num_tokens: int
     draft_tokens: int = 0
     option: Option | None = None
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.sequence.remaining - self.num_tokens
 
     @property
     def completes(self) -> bool:
         """Whether all known tokens are computed after this step, so that a new one can be drawn."""
-        return self.num_tokens == self.sequence.remaining
+        return self.left == 0
 
     def chunk(self, table: BlockTable, tokens: SequenceOf[int]) -> SequenceOf[int]:
         """Known tokens that a member computes in this step.
@@ -48,8 +54,7 @@ class Scheduled:
         Members of a steered model may have prompts of different lengths. All finish theirs in the same step: what is
         left to do is at most the same for all of them.
         """
-        left = self.sequence.remaining - self.num_tokens
-        return tokens[table.num_computed : max(0, len(tokens) - left)]
+        return tokens[table.num_computed : max(0, len(tokens) - self.left)]
 
 
 @dataclass(slots=True)
