@@ -20,7 +20,7 @@ from paceline.server.errors import DataError
 #: case; number: the last number in the text is the last one in the answer.
 Score = Literal["exact", "contains", "number"]
 _ANSWERS = ("answer", "completion")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)[-+])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
