@@ -18,8 +18,8 @@ from paceline.draftmodels.provenance import provenance
 
 _LEGEND = """
 changed: answers' tokens that the base would not have chosen there; cut: answers that --max-tokens ended
-tau: tokens per target forward; accepted: of the drafted tokens; off, on: without and with speculation
-1 stream: decoded tokens per second; more: all tokens per second of wall clock, prompts included"""
+tau: tokens per target forward; accepted: of the drafted tokens; 1 off, 1 on, ...: so many requests in flight, without
+and with speculation. One: decoded tokens per second; more: all tokens per second of wall clock, prompts included"""
 
 
 def describe(plan: Plan, questions: Sequence[Question], outcome: Outcome) -> dict[str, Any]:
@@ -99,9 +99,14 @@ def _headline(setting: Mapping[str, Any]) -> Iterator[str]:
     others = [pair["name"] for pair in setting["pairs"] if pair["name"] != setting["pair"]]
     kept = f"; as configured: {', '.join(others)}" if others else ""
     yield f"{setting['model']}: {setting['target']} steered by {setting['pair']} ({setting['mode']}){kept}"
-    yield f"{setting['dataset']}, {setting['n_prompts']} questions, {setting['score']} answers, greedy, at most "
-    yield f"{setting['max_tokens']} tokens each; draft {setting['draft'] or 'none'}, {setting['max_draft_tokens']} "
-    yield f"tokens ({setting['policy']}); {setting['rounds']} timed round(s) of {setting['timed']} questions"
+    yield (
+        f"{setting['dataset']}, {setting['n_prompts']} questions, {setting['score']} answers, greedy, at most "
+        f"{setting['max_tokens']} tokens each"
+    )
+    yield (
+        f"draft {setting['draft'] or 'none'}, {setting['max_draft_tokens']} tokens ({setting['policy']}); "
+        f"{setting['rounds']} timed round(s) of {setting['timed']} questions"
+    )
     yield f"weights {setting['weights']}, {setting['threads']} threads, {setting['cpu']}"
 
 
@@ -130,9 +135,7 @@ def _scores(rows: Sequence[Row]) -> Table:
 
 def _speeds(rows: Sequence[Row]) -> Table:
     streams = [speed.streams for speed in rows[0].speeds]
-    columns = [
-        f"{count} stream{'s' * (count > 1)} {what}" for count in streams for what in ("off", "on", "x")
-    ]
+    columns = [name for count in streams for name in (f"{count} off", f"{count} on", "on/off")]
     table = _table("speed, tokens per second", "tau", "accepted", *columns, "same text")
     for row in rows:
         own = row.acceptance
