@@ -64,10 +64,12 @@ class Metrics:
         self._speculation = _SpeculationMetrics(self._registry)
         self._tokens = _TokenMetrics(self._registry)
         self._latency = _LatencyMetrics(self._registry)
-        # Filled by the features that bring drafts in and out at run time, and by steering.
+        # Filled by the features that bring drafts in and out at run time.
         _gauge(self._registry, "paceline:draft_info", "Drafts in use; always 1.", "draft", "version")
         _counter(self._registry, "paceline:draft_swaps", "Changes of the serving draft.", "result")
-        _counter(self._registry, "paceline:steering_requests", "Requests served under steering.")
+        self._steered = _counter(
+            self._registry, "paceline:steering_requests", "Finished choices that steering changed."
+        )
         self._engine: AsyncEngine | None = None
 
     def attach(self, engine: AsyncEngine) -> None:
@@ -86,6 +88,8 @@ class Metrics:
     def on_request(self, stats: RequestStats) -> None:
         """Count one finished choice."""
         self._latency.add(stats)
+        if stats.steered:
+            self._steered.labels(stats.model).inc()
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""
@@ -98,6 +102,8 @@ class Metrics:
         self._tokens.touch(model.name)
         self._speculation.touch(model.name, model.max_draft_tokens)
         self._latency.touch(model.name)
+        if model.steering is not None:
+            self._steered.labels(model.name)
 
 
 class _TokenMetrics:

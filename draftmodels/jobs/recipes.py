@@ -12,9 +12,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from paceline.server.config.load import nearest
 from paceline.server.config.schema import Key, keys_of
-from paceline.server.config.values import convert
+from paceline.server.config.values import convert, nearest
 from paceline.server.errors import ConfigError
 
 R = TypeVar("R")

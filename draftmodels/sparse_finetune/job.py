@@ -1,7 +1,7 @@
 """A recovery job with everything real: opens student, teacher and text, and runs the trainer over them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,9 @@ from paceline.draftmodels.sparse_finetune.recovery import Recovery, RecoveryStat
 from paceline.draftmodels.sparse_finetune.report import write_report
 from paceline.server.config import Machine
 from paceline.server.errors import ConfigError
-from paceline.server.models.config import EMBEDDING, HEAD
+from paceline.server.models.checkpoint import Checkpoint
+from paceline.server.models.config import EMBEDDING, HEAD, ModelConfig
+from paceline.server.models.student import KL, PARENT_PERPLEXITY
 from paceline.server.models.tokenizer import load_tokenizer
 
 
@@ -56,7 +58,9 @@ def run_job(student: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
     opened = open_student(student)
     about = _about(opened, recipe)
     sequences, held_out = _text(opened, recipe)
-    model, teacher, masks = _models(opened, recipe)
+    taught_by = open_teacher(opened, recipe.teacher)
+    model, teacher, masks = _models(opened, taught_by, recipe)
+    by_parent = taught_by[0].weights_sha256() == opened.checkpoint.manifest.base.weights_sha256
     dtype = DTYPES[recipe.dtype or "fp32"]
     measure = HeldOut(
         held_out, teacher, rows=recipe.batch_tokens, dtype=dtype, answers_only=recipe.learn == "answers"
@@ -67,7 +71,7 @@ def run_job(student: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
             sequences=sequences,
             budget=recipe.budget,
             progress=progress,
-            export=partial(_export, model, opened.kept, about, _dataset(recipe)),
+            export=partial(_export, model, opened.kept, about, partial(_declared, recipe, by_parent)),
             threads=recipe.threads or max(Machine().usable_cores // ranks.world, 1),
             ranks=ranks,
             started=started,
@@ -90,9 +94,10 @@ def _text(opened: OpenedStudent, recipe: Recipe) -> tuple[list[TokenSequence], l
     return sequences_of(training), sequences_of(held_out)
 
 
-def _models(opened: OpenedStudent, recipe: Recipe) -> tuple[Decoder, Decoder, FixedMasks]:
+def _models(
+    opened: OpenedStudent, taught_by: tuple[Checkpoint, ModelConfig], recipe: Recipe
+) -> tuple[Decoder, Decoder, FixedMasks]:
     device, dtype = torch.device(recipe.device), DTYPES[recipe.dtype or "fp32"]
-    teacher, teacher_config = open_teacher(opened, recipe.teacher)
     student = make_trained(
         opened.checkpoint,
         opened.config,
@@ -104,7 +109,7 @@ def _models(opened: OpenedStudent, recipe: Recipe) -> tuple[Decoder, Decoder, Fi
         {name: student.get_parameter(name) for name in opened.kept},
         {name: mask.to(device) for name, mask in opened.kept.items()},
     )
-    return student, make_frozen(teacher, teacher_config, device, dtype), masks
+    return student, make_frozen(*taught_by, device, dtype), masks
 
 
 def _about(opened: OpenedStudent, recipe: Recipe) -> StudentAbout:
@@ -122,20 +127,22 @@ def _about(opened: OpenedStudent, recipe: Recipe) -> StudentAbout:
     )
 
 
-def _dataset(recipe: Recipe) -> str:
-    return Path(recipe.data or "").name
+def _declared(recipe: Recipe, by_parent: bool, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the manifest's ``measured``: losses against the parent by the names that its server looks for."""
+    names = {"kl": KL, "teacher_perplexity": PARENT_PERPLEXITY} if by_parent else {}
+    own = {names.get(name, name): value for name, value in figures.items()}
+    return {"dataset": Path(recipe.data or "").name, "split": "held out", **own}
 
 
 def _export(
     student: Decoder,
     kept: Mapping[str, Tensor],
     about: StudentAbout,
-    dataset: str,
+    declared: Callable[[Mapping[str, Any]], dict[str, Any]],
     folder: Path,
     measured: Sequence[Mapping[str, Any]],
 ) -> None:
-    where = {"dataset": dataset, "split": "held out"}
-    export_student(folder, student, kept, about, [{**where, **figures} for figures in measured])
+    export_student(folder, student, kept, about, [declared(figures) for figures in measured])
 
 
 def _described(state: RecoveryState, figures: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ Knows the tokenizer and nothing of sampling or queues.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from paceline.server.api.chat_schemas import ChatMessage, template_messages
@@ -18,10 +18,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt; ``text`` is what the client wrote, None if it sent ids."""
+    """One prompt.
+
+    Attributes:
+        text: what the client wrote, None if it sent ids.
+        members: what the members of a steered model read, one prompt each; none where all read ``ids``.
+    """
 
     ids: tuple[int, ...]
     text: str | None = None
+    members: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt among the target's and the members'."""
+        return max(map(len, (self.ids, *self.members)))
 
 
 async def completion_prompts(
@@ -37,11 +48,22 @@ async def completion_prompts(
     if len(items) > max_prompts:
         raise _bad(f"{len(items)} prompts in one request are too many; send at most {max_prompts}.")
     texts = [item for item in items if isinstance(item, str)]
-    encoded = iter(await _maybe_in_thread(lambda: _encode(texts, model), sum(map(len, texts)), inline_chars))
+    encoded = iter(await maybe_in_thread(lambda: _encode(texts, model), sum(map(len, texts)), inline_chars))
     return [
         _checked(Prompt(next(encoded), item), model) if isinstance(item, str) else _checked_ids(item, model)
         for item in items
     ]
+
+
+async def with_members(
+    prompt: Prompt, read: Callable[[Prompt], tuple[tuple[int, ...], ...]], size_chars: int, inline_chars: int
+) -> Prompt:
+    """A prompt with what the members of a steered model read instead, which ``read`` finds.
+
+    Raises:
+        InvalidRequestError: a member's chat template refuses it.
+    """
+    return replace(prompt, members=await maybe_in_thread(lambda: read(prompt), size_chars, inline_chars))
 
 
 async def chat_prompt(messages: Sequence[ChatMessage], model: ModelInfo, *, inline_chars: int) -> Prompt:
@@ -73,7 +95,7 @@ async def conversation_ids(
             param="messages",
         )
     plain = template_messages(messages)
-    return await _maybe_in_thread(
+    return await maybe_in_thread(
         lambda: tuple(
             model.tokenizer.apply_chat_template(plain, add_generation_prompt=add_generation_prompt)
         ),
@@ -86,7 +108,7 @@ async def text_ids(
     text: str, model: ModelInfo, *, inline_chars: int, add_special_tokens: bool = True
 ) -> list[int]:
     """Token ids of a text of any length."""
-    return await _maybe_in_thread(
+    return await maybe_in_thread(
         lambda: model.tokenizer.encode(text, add_special_tokens=add_special_tokens), len(text), inline_chars
     )
 
@@ -101,7 +123,8 @@ def check_vocabulary(ids: Sequence[int], model: ModelInfo, param: str) -> None:
         )
 
 
-async def _maybe_in_thread(work: Callable[[], T], size_chars: int, inline_chars: int) -> T:
+async def maybe_in_thread(work: Callable[[], T], size_chars: int, inline_chars: int) -> T:
+    """The result of work on a text of ``size_chars``, done in a worker thread if that is more than ``inline_chars``."""
     return work() if size_chars <= inline_chars else await asyncio.to_thread(work)
 
 

@@ -32,7 +32,6 @@ _SHARED = (
         '\'response_format\' other than {"type": "text"} is not supported yet by this version.',
     ),
     Refusal("prediction", _one_of(), "'prediction' is not supported yet by this version."),
-    Refusal("steering", _one_of(), "'steering' is not supported yet by this version."),
 )
 _COMPLETION = (
     Refusal("suffix", _one_of(""), "'suffix' is not supported: the models complete at the end only."),

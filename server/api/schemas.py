@@ -58,6 +58,14 @@ class SpeculationBody(WireModel):
     lenience: float | None = Field(None, gt=0, le=1)
 
 
+class SteeringBody(WireModel):
+    """Our ``steering`` object: exactly one of its fields."""
+
+    alpha: float | None = None
+    beta: float | None = None
+    weights: dict[str, float] | None = Field(None, min_length=1)
+
+
 class GenerationBody(WireModel):
     """Fields that completions and chat completions share."""
 
@@ -81,11 +89,11 @@ class GenerationBody(WireModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     speculation: SpeculationBody | None = None
+    steering: SteeringBody | None = None
 
     # Refused by ``refusals`` unless they ask for nothing.
     response_format: Any = None
     prediction: Any = None
-    steering: Any = None
 
     user: Bookkeeping = None
     store: Bookkeeping = None

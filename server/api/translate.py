@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from uuid import uuid4
 
-from paceline.server.api.chat_schemas import ChatBody
-from paceline.server.api.prompts import Prompt, chat_prompt, completion_prompts
+from paceline.server.api.chat_schemas import ChatBody, template_messages
+from paceline.server.api.prompts import Prompt, chat_prompt, completion_prompts, with_members
 from paceline.server.api.refusals import check_refusals
 from paceline.server.api.render import ChatRenderer, CompletionRenderer, Renderer
 from paceline.server.api.sampling import (
@@ -19,8 +19,9 @@ from paceline.server.api.sampling import (
 )
 from paceline.server.api.schemas import CompletionBody, GenerationBody, StreamOptions
 from paceline.server.api.settings import ApiSettings
+from paceline.server.api.steering import Strengths, conversation_prompts, strengths_of, text_prompts
 from paceline.server.engine.interface import ModelInfo
-from paceline.server.engine.request import Request, SamplingParams
+from paceline.server.engine.request import Request, SamplingParams, SteeringParams
 from paceline.server.errors import InvalidRequestError
 
 COMPLETION_DEFAULT_TOKENS = 16
@@ -72,18 +73,29 @@ async def completion_job(body: CompletionBody, model: ModelInfo, settings: ApiSe
         max_prompts=settings.max_choices // body.n,
         inline_chars=settings.inline_tokenize_chars,
     )
+    strengths, inline = strengths_of(body.steering, model), settings.inline_tokenize_chars
+    prompts = [
+        await with_members(
+            prompt,
+            lambda prompt: text_prompts(prompt.text, prompt.ids, model, strengths),
+            len(prompt.text or ""),
+            inline,
+        )
+        for prompt in prompts
+    ]
     sampling = [
         sampling_params(
             body,
             model,
-            len(prompt.ids),
+            prompt.longest,
             default_max_tokens=COMPLETION_DEFAULT_TOKENS,
             logprobs=_bounded(body.logprobs, model),
             prompt_logprobs=_bounded(body.logprobs, model) if body.echo else None,
         )
         for prompt in prompts
     ]
-    return _job(body, model, "cmpl", prompts, sampling, CompletionRenderer(model, prompts, echo=body.echo))
+    renderer = CompletionRenderer(model, prompts, echo=body.echo)
+    return _job(body, model, "cmpl", prompts, sampling, renderer, strengths)
 
 
 async def chat_job(body: ChatBody, model: ModelInfo, settings: ApiSettings) -> Job:
@@ -101,15 +113,23 @@ async def chat_job(body: ChatBody, model: ModelInfo, settings: ApiSettings) -> J
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
-    prompt = await chat_prompt(body.messages, model, inline_chars=settings.inline_tokenize_chars)
+    strengths, inline = strengths_of(body.steering, model), settings.inline_tokenize_chars
+    prompt = await chat_prompt(body.messages, model, inline_chars=inline)
+    messages = template_messages(body.messages)
+    prompt = await with_members(
+        prompt,
+        lambda prompt: conversation_prompts(messages, prompt.ids, model, strengths),
+        sum(len(message["content"]) for message in messages),
+        inline,
+    )
     sampling = sampling_params(
         body,
         model,
-        len(prompt.ids),
+        prompt.longest,
         default_max_tokens=model.context_length,
         logprobs=_bounded(body.top_logprobs or 0, model) if body.logprobs else None,
     )
-    return _job(body, model, "chatcmpl", [prompt], [sampling], ChatRenderer(model))
+    return _job(body, model, "chatcmpl", [prompt], [sampling], ChatRenderer(model), strengths)
 
 
 def _job(
@@ -119,11 +139,21 @@ def _job(
     prompts: list[Prompt],
     sampling: list[SamplingParams],
     renderer: Renderer,
+    strengths: Strengths,
 ) -> Job:
     job_id = f"{prefix}-{uuid4().hex}"
     speculation = speculation_params(body.speculation, model, seeded=body.seed is not None)
     requests = tuple(
-        Request(f"{job_id}-{i}", model.name, prompt.ids, params, speculation, body.n, prefix == "cmpl")
+        Request(
+            f"{job_id}-{i}",
+            model.name,
+            prompt.ids,
+            params,
+            speculation,
+            body.n,
+            prefix == "cmpl",
+            SteeringParams(strengths, prompt.members),
+        )
         for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
     )
     return Job(

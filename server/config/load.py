@@ -7,14 +7,14 @@ Environment variables are ``PACELINE_<SECTION>_<KEY>`` (sections server, engine,
 models in the file they are refused, as it would be unclear which one is meant.
 """
 
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from paceline.server.config.schema import (
+    EXPERT_DRAFT,
     EngineConfig,
     Key,
     ModelSpec,
@@ -22,10 +22,12 @@ from paceline.server.config.schema import (
     Section,
     ServerConfig,
     SpeculationConfig,
+    SteeringConfig,
     keys,
     section_keys,
 )
-from paceline.server.config.values import convert
+from paceline.server.config.steering import read_steering
+from paceline.server.config.values import convert, nearest
 from paceline.server.errors import ConfigError
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
@@ -44,6 +46,14 @@ class _Value:
 
 
 _Layer = dict[tuple[str, str], _Value]
+
+
+@dataclass(frozen=True)
+class _FileModel:
+    """A ``[[models]]`` table: its keys, and its pairs, which only a file can have."""
+
+    layer: _Layer
+    steering: tuple[SteeringConfig, ...] = ()
 
 
 def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, object]) -> PacelineConfig:
@@ -66,8 +76,11 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, o
         raise ConfigError(
             f"{place}: {path} lists {len(models)} models; set it in the [[models]] table it is for"
         )
-    models = models or [{("model", "target"): _Value(DEFAULT_TARGET, "default")}]
-    specs = tuple(_model(layer | for_model, _spot(path, index)) for index, layer in enumerate(models))
+    models = models or [_FileModel({("model", "target"): _Value(DEFAULT_TARGET, "default")})]
+    specs = tuple(
+        _model(model.layer | for_model, model.steering, _spot(path, index))
+        for index, model in enumerate(models)
+    )
     _check_names(specs, path)
     return PacelineConfig(
         server=ServerConfig(**_section(shared, "server")),
@@ -93,10 +106,10 @@ def _spot(path: Path | None, index: int) -> str:
 # ---- file
 
 
-def _read_file(path: Path) -> tuple[_Layer, list[_Layer]]:
+def _read_file(path: Path) -> tuple[_Layer, list[_FileModel]]:
     tables = _parse(path)
     shared: _Layer = {}
-    models: list[_Layer] = []
+    models: list[_FileModel] = []
     for name, table in tables.items():
         if name in ("server", "engine"):
             shared |= _table(table, "server" if name == "server" else "engine", f"{path}:{name}")
@@ -118,17 +131,16 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _read_models(tables: object, path: Path) -> list[_Layer]:
+def _read_models(tables: object, path: Path) -> list[_FileModel]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(f"{path}:models: write one [[models]] table per model")
     return [_read_model(dict(table), _spot(path, index)) for index, table in enumerate(tables)]
 
 
-def _read_model(table: dict[str, Any], place: str) -> _Layer:
-    if "steering" in table:
-        raise ConfigError(f"{place}.steering: steering is not available in this version; remove the table")
-    speculation = table.pop("speculation", {})
-    return _table(table, "model", place) | _table(speculation, "speculation", f"{place}.speculation")
+def _read_model(table: dict[str, Any], place: str) -> _FileModel:
+    speculation, steering = table.pop("speculation", {}), table.pop("steering", [])
+    layer = _table(table, "model", place) | _table(speculation, "speculation", f"{place}.speculation")
+    return _FileModel(layer, read_steering(steering, f"{place}.steering"))
 
 
 def _table(table: object, section: Section, place: str) -> _Layer:
@@ -148,19 +160,12 @@ def _file_hint(name: str, section: Section) -> str:
     elsewhere = [key for key in keys() if key.name == name and key.section != section]
     if elsewhere:
         return f'did you mean "{_table_name(elsewhere[0])}.{name}"?'
-    nested = ["speculation"] if section == "model" else []
+    nested = ["speculation", "steering"] if section == "model" else []
     return nearest(name, [*section_keys(section), *nested])
 
 
 def _table_name(key: Key) -> str:
     return {"model": "models", "speculation": "models.speculation"}.get(key.section, key.section)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to say to someone who wrote a name that is not known."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
 
 
 # ---- environment and flags
@@ -212,7 +217,7 @@ def _flag_layer(flags: Mapping[str, object]) -> _Layer:
 # ---- models
 
 
-def _model(layer: _Layer, place: str) -> ModelSpec:
+def _model(layer: _Layer, steering: tuple[SteeringConfig, ...], place: str) -> ModelSpec:
     values = _section(layer, "model")
     if "target" not in values:
         raise ConfigError(f'{place}: target is missing; add a line such as target = "{DEFAULT_TARGET}"')
@@ -221,7 +226,12 @@ def _model(layer: _Layer, place: str) -> ModelSpec:
     if speculation.draft == "ngram" and not speculation.ngram:
         draft = layer["speculation", "draft"].place
         raise ConfigError(f'{draft}: draft "ngram" contradicts ngram = false for {place}; change one of them')
-    return ModelSpec(**values, speculation=speculation)
+    if speculation.draft == EXPERT_DRAFT and not any(pair.expert for pair in steering):
+        draft = layer["speculation", "draft"].place
+        raise ConfigError(
+            f'{draft}: draft "expert" needs a [[models.steering]] table with an expert in {place}'
+        )
+    return ModelSpec(**values, speculation=speculation, steering=steering)
 
 
 def _check_names(specs: tuple[ModelSpec, ...], path: Path | None) -> None:

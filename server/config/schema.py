@@ -15,10 +15,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
 
 Section = Literal["server", "engine", "model", "speculation"]
-Kind = Literal["text", "texts", "int", "float", "bool", "choice"]
+Kind = Literal["text", "texts", "int", "float", "floats", "bool", "choice"]
 
 #: Draft that is looked for among those that come with Paceline, by the target's weights.
 AUTO_DRAFT = "auto"
+#: Draft that is the expert of a steered model's first pair that has one.
+EXPERT_DRAFT = "expert"
 _LATER = "is not available in this version"
 
 
@@ -74,7 +76,8 @@ class SpeculationConfig:
     """The ``[models.speculation]`` table; ``draft`` None switches speculation off unless a request asks."""
 
     draft: str | None = key_field(
-        'Draft model reference, "ngram" or "none"; auto is the one that comes with Paceline for the target, if any.',
+        'Draft model reference, "ngram", "expert" (of a steered model) or "none"; auto is the one that comes with '
+        "Paceline for the target, if any.",
         AUTO_DRAFT,
         none_word="none",
     )
@@ -96,6 +99,46 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True)
+class SteeringConfig:
+    """One ``[[models.steering]]`` table: a pair of models whose difference steers the target.
+
+    With s_M, s_E, s_A the logits of target, expert and anti-expert: proxy is s_M + alpha (s_E - s_A), amplify is
+    s_E + beta (s_M - s_A), cfg is s_M + alpha (s_M - s_A).
+    """
+
+    name: str = key_field("What requests call the pair.")
+    anti_expert: str = key_field('Untuned model reference, or "self": the target, mostly under anti_prompt.')
+    mode: Literal["proxy", "amplify", "cfg"] = key_field("How the pair's logits are used.", "proxy")
+    expert: str | None = key_field("Tuned model reference; modes proxy and amplify.", None, none_word="none")
+    alpha: float | None = key_field("Strength of proxy and cfg; auto is 1.", None)
+    beta: float | None = key_field("Strength of amplify; auto is 1.", None)
+    limits: tuple[float, float] = key_field("Least and greatest strength of requests.", (0.0, 4.0))
+    expert_template: str | None = key_field(
+        'Chat template of the expert: target, that is the prompt of the target; "own", or a Jinja file.',
+        None,
+        none_word="target",
+    )
+    anti_template: str | None = key_field(
+        'Chat template of the anti-expert: target, "own" or a Jinja file.', None, none_word="target"
+    )
+    response_prefix: str | None = key_field(
+        "Text that the expert finds at the start of its answer.", None, none_word="none"
+    )
+    anti_prompt: str | None = key_field(
+        "What the anti-expert reads instead: of a conversation's system message, or of a completion's prompt. Empty: "
+        "no system message, or only the last token of the prompt.",
+        None,
+        none_word="none",
+        may_be_empty=True,
+    )
+    support: Literal["full", "top_p", "expert_top_p"] = key_field(
+        "Tokens that may come out: all, the nucleus of the combined distribution, or that of the expert.",
+        "full",
+    )
+    support_top_p: float = key_field("Mass of that nucleus.", 0.95, above=0, high=1)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One ``[[models]]`` table: ``name`` is what clients ask for, ``target`` the reference it loads."""
 
@@ -108,6 +151,7 @@ class ModelSpec:
     )
     context_length: int | None = key_field("Longest sequence, tokens; auto is the model's own.", None, low=2)
     speculation: SpeculationConfig = SpeculationConfig()
+    steering: tuple[SteeringConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,6 +179,7 @@ class Key:
         none_word: the word that stands for None ("auto", "none"), if None is allowed.
         low, high: inclusive bounds. ``above``: exclusive lower bound.
         refused: words of the contract that this version answers with a sentence of its own.
+        may_be_empty: whether a text may be empty.
         flag: ``--name``, or the metavariable of the positional argument.
     """
 
@@ -151,6 +196,7 @@ class Key:
     above: float | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     secret: bool = False
+    may_be_empty: bool = False
 
     @property
     def param(self) -> str:
@@ -209,6 +255,7 @@ def _kind(hint: Any) -> Kind:
         tuple[str, ...]: "texts",
         int: "int",
         float: "float",
+        tuple[float, float]: "floats",
         bool: "bool",
     }
     return kinds[hint]

@@ -4,9 +4,10 @@
 ``--port``) and begins every message, so that one line says what is wrong, where, and what would be right.
 """
 
+import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from paceline.server.config.schema import Key, Kind
@@ -26,6 +27,8 @@ def convert(key: Key, value: object, place: str, *, text: bool) -> Any:
     """
     if key.none_word is not None and value == key.none_word:
         return None
+    if key.may_be_empty and value == "":
+        return value
     if isinstance(value, str) and value in key.refused:
         raise ConfigError(f'{place}: "{value}" {key.refused[value]}')
     converted = _CONVERTERS[key.kind](value, text)
@@ -35,15 +38,23 @@ def convert(key: Key, value: object, place: str, *, text: bool) -> Any:
     return converted
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say to someone who wrote a name that is not known."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
+
+
 def expected(key: Key) -> str:
     """What a key accepts, in words."""
     if key.kind == "choice":
         return _either([f'"{choice}"' for choice in key.choices])
     words = {
-        "text": "a text that is not empty",
+        "text": "a text" if key.may_be_empty else "a text that is not empty",
         "texts": "a list of texts that are not empty",
         "int": "a whole number",
         "float": "a number",
+        "floats": "two numbers, the lesser first",
         "bool": "true or false",
     }[key.kind] + _range(key)
     return words if key.none_word is None else f'{words} or "{key.none_word}"'
@@ -115,6 +126,13 @@ def _float(value: object, text: bool) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _floats(value: object, text: bool) -> tuple[float, float] | None:
+    if text or not isinstance(value, list | tuple) or len(value) != 2:
+        return None
+    low, high = (_float(part, text) for part in value)
+    return None if low is None or high is None or low > high else (low, high)
+
+
 def _bool(value: object, text: bool) -> bool | None:
     if text and isinstance(value, str):
         return _BOOLS.get(value.strip().lower())
@@ -126,6 +144,7 @@ _CONVERTERS: Mapping[Kind, Callable[[object, bool], Any]] = {
     "texts": _texts,
     "int": _int,
     "float": _float,
+    "floats": _floats,
     "bool": _bool,
     "choice": _text,
 }

@@ -118,6 +118,17 @@ def sample(weights: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, uniforms * totals, right=True).squeeze(1)
 
 
+def keep_top_p_(scores: Tensor, top_p: Sequence[float]) -> None:
+    """Keep each row's nucleus: the fewest tokens, most likely first, that have ``top_p`` of softmax(scores).
+
+    Args:
+        scores: fp32 [R, V], changed in place; removed tokens become -inf.
+        top_p: R shares.
+    """
+    shares = torch.tensor(top_p, dtype=torch.float64, device=scores.device).unsqueeze(1)
+    _keep_leading_(scores, _weights(scores), lambda total: shares * total)
+
+
 def random_uniforms(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
     """float64 uniforms in [0, 1) on ``device``, drawn where the generator lives."""
     return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device).to(device)
@@ -211,8 +222,7 @@ def _top_k_(scores: Tensor, rows: Sequence[Row]) -> None:
 
 
 def _top_p_(scores: Tensor, rows: Sequence[Row]) -> None:
-    shares = torch.tensor([[row.sampling.top_p] for row in rows], dtype=torch.float64, device=scores.device)
-    _keep_leading_(scores, _weights(scores), lambda total: shares * total)
+    keep_top_p_(scores, [row.sampling.top_p for row in rows])
 
 
 def _min_p_(scores: Tensor, rows: Sequence[Row]) -> None:

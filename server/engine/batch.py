@@ -35,7 +35,7 @@ class Batch:
 
         Args:
             table: blocks that already have room for the new tokens.
-            tokens: the new rows.
+            tokens: the new rows; none is allowed.
             num_wanted: how many of the last rows need logits.
 
         Returns:
@@ -43,7 +43,8 @@ class Batch:
         """
         first, start = len(self.tokens), table.num_computed
         self.tokens.extend(tokens)
-        self.sequences.append(SequenceRows(first, len(tokens), start, table.blocks))
+        if tokens:
+            self.sequences.append(SequenceRows(first, len(tokens), start, table.blocks))
         end, logits_start = len(self.tokens), len(self.wanted)
         self.wanted.extend(range(end - num_wanted, end))
         return slice(logits_start, len(self.wanted))

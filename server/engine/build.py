@@ -12,14 +12,15 @@ import torch
 
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.dispatch import wanted
-from paceline.server.config.schema import EngineConfig, PacelineConfig
+from paceline.server.config.schema import EXPERT_DRAFT, EngineConfig, PacelineConfig
 from paceline.server.decoding.policy import AdaptivePolicy, FixedPolicy, Policy
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
-from paceline.server.engine.interface import EngineObserver, ModelInfo
+from paceline.server.engine.expert_proposer import ExpertProposer
+from paceline.server.engine.interface import EngineObserver, ModelInfo, SteeringInfo
 from paceline.server.engine.kernel_runner import KernelRunner
 from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -29,6 +30,8 @@ from paceline.server.engine.proposers import NgramProposer, Proposer
 from paceline.server.engine.runner import TorchRunner
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
+from paceline.server.engine.steering import Member, Steering
+from paceline.server.engine.steering_parts import SteeringParts
 from paceline.server.errors import ConfigError
 from paceline.server.models.llama import Decoder
 from paceline.server.models.loader import LoadedModel, ModelLoader
@@ -142,6 +145,14 @@ def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine:
             num_proposable=parts.draft.config.head_rows,
             target=runner if parts.reads_states else None,
         )
+    steering = _steering(parts, runners)
+    if steering is not None and (expert := steering.first_expert) is not None:
+        index, member = expert
+        proposers[EXPERT_DRAFT] = ExpertProposer(member.runner, index, vocab_size=target.config.vocab_size)
+    elif default == EXPERT_DRAFT:
+        raise ConfigError(
+            f'model {spec.name!r}: draft "expert", but no pair has an expert beside the target itself'
+        )
     if spec.speculation.ngram or default == "ngram":
         proposers["ngram"] = NgramProposer()
     info = ModelInfo(
@@ -154,8 +165,9 @@ def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine:
         default_draft=default,
         max_draft_tokens=spec.speculation.max_draft_tokens,
         min_lenience=spec.speculation.min_lenience,
-        system_fingerprint=_fingerprint(target.key),
+        system_fingerprint=_fingerprint(target.key, parts.steering),
         weights_keys=tuple(loaded.key for _, loaded in parts.members),
+        steering=_steering_info(parts.steering),
     )
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(
@@ -165,7 +177,24 @@ def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine:
         policy,
         spec.speculation.verify,
         spec.speculation.lenience_form,
+        steering,
     )
+
+
+def _steering(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner]) -> Steering | None:
+    if parts.steering is None:
+        return None
+    members = [
+        Member(part.name, runners[parts.member_shape(part.loaded).key], part.loaded.config.context_length)
+        for part in parts.steering.members
+    ]
+    return Steering(parts.steering.pairs, members, vocab_size=parts.target.config.vocab_size)
+
+
+def _steering_info(steering: SteeringParts | None) -> SteeringInfo | None:
+    if steering is None:
+        return None
+    return SteeringInfo(steering.pairs, tuple(member.view for member in steering.members))
 
 
 def _context_length(parts: Parts) -> int:
@@ -183,7 +212,9 @@ def _draft_name(path: Path) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
-def _fingerprint(key: str) -> str:
+def _fingerprint(key: str, steering: SteeringParts | None) -> str:
+    if steering is not None:
+        key = "/".join([key, *(member.loaded.key for member in steering.members), repr(steering.pairs)])
     return "fp_" + hashlib.sha256(f"native/{key}".encode()).hexdigest()[:12]
 
 

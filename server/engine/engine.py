@@ -84,11 +84,11 @@ class Engine:
         if model is None:
             raise UnknownModelError(f"unknown model {request.model!r}", param="model", code="model_not_found")
         model.check(request)
-        longest = len(request.prompt_ids) + request.sampling.max_tokens
-        needed = model.runner.layout.blocks_for(longest)  # without the draft's: it gives way
+        needed = model.blocks_needed(request)
         if needed > self._blocks.num_blocks:
             raise InvalidRequestError(
-                f"prompt and max_tokens ({longest} tokens) need {needed} KV blocks, but the server has "
+                f"prompt and max_tokens ({len(request.prompt_ids) + request.sampling.max_tokens} tokens) need {needed} "
+                f"KV blocks, but the server has "
                 f"{self._blocks.num_blocks}; lower max_tokens or raise kv_cache_gib",
                 param="max_tokens",
             )
@@ -116,7 +116,10 @@ class Engine:
         drafts = model.propose(plan.items, self._generator)
         clock.mark("draft")
         batch, rows = assemble(plan.items, drafts)
-        logits = model.runner.forward(batch)
+        if model.steering is None:
+            logits = model.runner.forward(batch)
+        else:
+            logits = model.steering.forward(model.runner, batch, rows)
         clock.mark("forward")
         scores = self._verify(model, logits, rows)
         clock.mark("sample")
@@ -173,7 +176,7 @@ class Engine:
         first = sequence.output_tokens == 0
         if sequence.sampling.prompt_logprobs is not None and first:
             score_prompt(row, logits)
-        sequence.target.num_computed += row.item.num_tokens + len(row.block.token_ids)
+        sequence.target.num_computed += row.known_tokens + len(row.block.token_ids)
         kept: tuple[int, ...] = ()
         text, logprobs = "", None
         if row.verdict is not None:
@@ -184,9 +187,9 @@ class Engine:
                 sequence.speculation.add(len(row.block.token_ids), row.verdict.accepted)
         elif completes:
             sequence.finish_empty()
-        for table in sequence.tables:
-            table.rollback(len(sequence.tokens) - (1 if kept else 0))
-            self._blocks.publish(table, sequence.tokens)
+        for table, tokens in sequence.cached:
+            table.rollback(len(tokens) - (1 if kept else 0))
+            self._blocks.publish(table, tokens)
         if not completes:
             return None
         event = TokenEvent(
@@ -222,6 +225,7 @@ class Engine:
                 inter_token_seconds=timing.gaps,
                 total_seconds=now - timing.arrived,
                 speculation=sequence.speculation.stats(),
+                steered=sequence.mixture is not None,
             )
         )
 

@@ -15,19 +15,35 @@ from paceline.server.engine.examine import Examiner
 from paceline.server.engine.request import TokenLogprob
 from paceline.server.engine.scheduler import Scheduled
 from paceline.server.engine.sequence import Sequence
-from paceline.server.engine.served import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one item of a step went: known tokens that the target computed, draft tokens verified (0 if none were) and
+    accepted."""
+
+    item: Scheduled
+    known: int
+    drafted: int
+    accepted: int
 
 
 @dataclass(slots=True)
 class InFlight:
-    """One scheduled sequence in flight: its draft block, its logits rows, how many of its known tokens are prompt,
-    and the verdict."""
+    """One scheduled sequence in flight: its draft block, how many known tokens the target computes, their logits rows,
+    how many of them are prompt, and the verdict."""
 
     item: Scheduled
     block: DraftBlock
+    known_tokens: int
     logits: slice
     prompt_tokens: int
     verdict: Verdict | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows of logits."""
+        return self.logits.stop - self.logits.start  # type: ignore[no-any-return]
 
     @property
     def first_drawn(self) -> int:
@@ -44,7 +60,8 @@ class InFlight:
     @property
     def outcome(self) -> Outcome:
         """What the policy learns from it."""
-        return Outcome(self.item, len(self.block.token_ids), self.verdict.accepted if self.verdict else 0)
+        accepted = self.verdict.accepted if self.verdict else 0
+        return Outcome(self.item, self.known_tokens, len(self.block.token_ids), accepted)
 
 
 def assemble(items: SequenceOf[Scheduled], drafts: SequenceOf[DraftBlock]) -> tuple[Batch, list[InFlight]]:
@@ -52,12 +69,13 @@ def assemble(items: SequenceOf[Scheduled], drafts: SequenceOf[DraftBlock]) -> tu
     batch, rows = Batch(), []
     for item, block in zip(items, drafts, strict=True):
         sequence, start = item.sequence, item.sequence.target.num_computed
-        known = sequence.tokens[start : start + item.num_tokens]
+        known = item.chunk(sequence.target, sequence.tokens)
         wanted = len(block.token_ids) + 1 if item.completes else 0
         if sequence.sampling.prompt_logprobs is not None and sequence.output_tokens == 0:
             wanted = len(known) + len(block.token_ids)
         logits = batch.add(sequence.target, [*known, *block.token_ids], num_wanted=wanted)
-        rows.append(InFlight(item, block, logits, max(0, min(len(known), sequence.prompt_tokens - start))))
+        prompt_tokens = max(0, min(len(known), sequence.prompt_tokens - start))
+        rows.append(InFlight(item, block, len(known), logits, prompt_tokens))
     return batch, rows
 
 
@@ -89,7 +107,7 @@ def score_prompt(row: InFlight, logits: Tensor) -> None:
     sequence, top = row.item.sequence, row.item.sequence.sampling.prompt_logprobs
     assert top is not None
     start = sequence.target.num_computed
-    following = sequence.tokens[start + 1 : start + row.item.num_tokens + 1]
+    following = sequence.tokens[start + 1 : start + row.known_tokens + 1]
     if start == 0:
         sequence.prompt_logprobs = [TokenLogprob(sequence.tokens[0], None)]
     scored = logits[row.logits.start : row.logits.start + len(following)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from paceline.server.decoding.mixture import Pair
 from paceline.server.decoding.policy import Reason
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenEvent
 from paceline.server.errors import InvalidRequestError
@@ -49,6 +50,36 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptView:
+    """How a steering member reads a request's prompt; all None: as the target does.
+
+    Attributes:
+        template: whose chat template it uses: conversations are rendered with it, and the text of a completion's prompt
+            becomes a user's message.
+        prefix: text behind the prompt.
+        prompt: text in place of a conversation's system message, or of a completion's prompt. Empty: no system
+            message, or only the last token of the prompt.
+    """
+
+    template: Tokenizer | None = None
+    prefix: str | None = None
+    prompt: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the member reads what the target reads."""
+        return self.template is None and self.prefix is None and self.prompt is None
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringInfo:
+    """A steered model's pairs, and how each member beside the target reads prompts."""
+
+    pairs: tuple[Pair, ...]
+    views: tuple[PromptView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A served model as clients may know it.
 
@@ -68,6 +99,7 @@ class ModelInfo:
     min_lenience: float = 1.0
     system_fingerprint: str = ""
     weights_keys: tuple[str, ...] = ()
+    steering: SteeringInfo | None = None
 
 
 def check_lenience(lenience: float, model: ModelInfo, *, seeded: bool) -> None:
@@ -88,6 +120,26 @@ def check_lenience(lenience: float, model: ModelInfo, *, seeded: bool) -> None:
             param="speculation.lenience",
             code="lenience_not_allowed",
         )
+
+
+def check_strengths(strengths: Mapping[str, float | None], pairs: Sequence[Pair]) -> None:
+    """Raise InvalidRequestError for a strength of a pair that there is not, or outside its limits."""
+    known = {pair.name: pair for pair in pairs}
+    for name, strength in strengths.items():
+        if name not in known:
+            raise InvalidRequestError(
+                f"This model has no steering pair {name!r}; it has: {', '.join(known) or 'none'}.",
+                param="steering.weights",
+                code="unknown_steering",
+            )
+        low, high = known[name].limits
+        if strength is not None and not low <= strength <= high:
+            raise InvalidRequestError(
+                f"The {known[name].parameter} of steering pair {name!r} must be from {low:g} to {high:g}, not "
+                f"{strength:g}; the server's configuration may widen its limits.",
+                param="steering",
+                code="steering_out_of_limits",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +174,7 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """Timings of one finished choice, seconds."""
+    """Timings of one finished choice, seconds; ``steered``: it was not exactly the target's."""
 
     model: str
     finished_reason: FinishedReason
@@ -131,6 +183,7 @@ class RequestStats:
     inter_token_seconds: Sequence[float]
     total_seconds: float
     speculation: SpeculationStats
+    steered: bool = False
 
 
 class EngineObserver(Protocol):

@@ -24,6 +24,17 @@ class KernelRunner(TorchRunner):
         tokens, _ = ops.combine([logits], ones[:, None], temperatures=ones, keys=keys, is_sampled=never)
         return tokens.tolist()
 
+    def combine(self, members: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """See ``steering.Combiner.combine``."""
+        rows = len(weights)
+        return ops.combine(
+            [member.contiguous() for member in members],
+            weights,
+            temperatures=weights.new_ones(rows),
+            keys=torch.zeros(rows, dtype=torch.int64, device=self.device),
+            is_sampled=torch.zeros(rows, dtype=torch.bool),
+        )[1]
+
     def choose_tokens(self, scores: Tensor, rows: Sequence[Row], *, warped: bool) -> list[int]:
         """See ``TokenChooser.choose_tokens``."""
         seeded = [is_seeded(row) for row in rows]

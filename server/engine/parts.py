@@ -3,28 +3,27 @@
 Owns how references of a configuration become weights. Wiring them over one KV arena is ``build``'s business.
 """
 
-import filecmp
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.formats import LANES
-from paceline.server.config.schema import AUTO_DRAFT, EngineConfig, ModelSpec
+from paceline.server.config.schema import AUTO_DRAFT, EXPERT_DRAFT, EngineConfig, ModelSpec
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.engine.kv_arena import MemberShape
+from paceline.server.engine.steering_parts import SteeringParts, load_steering
 from paceline.server.errors import ConfigError
 from paceline.server.models.bundled import bundled_draft
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
-from paceline.server.models.manifest import check_tokenizer, read_manifest
+from paceline.server.models.manifest import Manifest, check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
 from paceline.server.models.student import declaration, is_student
-from paceline.server.models.tokenizer import load_tokenizer, tokenizer_folder
+from paceline.server.models.tokenizer import HfTokenizer, load_tokenizer, same_tokenizer_files
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -35,9 +34,10 @@ class Parts:
     """One served model's loaded pieces; ``target`` is what is served."""
 
     spec: ModelSpec
-    tokenizer: Tokenizer
+    tokenizer: HfTokenizer
     target: LoadedModel
     draft: LoadedModel | None
+    steering: SteeringParts | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -63,11 +63,21 @@ class Parts:
         key = f"{self.draft.key}/of/{self.target.key}" if self.reads_states else self.draft.key
         return MemberShape(key, self.draft.config, self.draft.kv_dtype)
 
+    def member_shape(self, loaded: LoadedModel) -> MemberShape:
+        """A steering member as the KV arena sees it; what is the target, under another prompt, runs as the target."""
+        if loaded.key == self.target.key:
+            return self.target_shape
+        return MemberShape(loaded.key, loaded.config, loaded.kv_dtype)
+
     @property
     def members(self) -> list[tuple[MemberShape, LoadedModel]]:
-        """Everything that stores KV."""
+        """Everything that stores KV, once for every table that a sequence has."""
         pairs = [(self.target_shape, self.target), (self.draft_shape, self.draft)]
-        return [(shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None]
+        steering = () if self.steering is None else self.steering.members
+        return [
+            *((shape, loaded) for shape, loaded in pairs if shape is not None and loaded is not None),
+            *((self.member_shape(member.loaded), member.loaded) for member in steering),
+        ]
 
 
 def make_loader(engine: EngineConfig) -> ModelLoader:
@@ -115,11 +125,26 @@ def load_parts(spec: ModelSpec, loader: ModelLoader, *, fleeting: bool = False) 
     manifest = read_manifest(path)
     if manifest is not None and is_student(manifest):
         _log.warning("%s", declaration(manifest, path))
+    steering = load_steering(spec, target, tokenizer, loader)
     speculation = spec.speculation
     if speculation.draft == AUTO_DRAFT:
-        speculation = replace(speculation, draft=bundled_draft(target.weights_sha256))
+        speculation = replace(speculation, draft=_auto_draft(spec, target, manifest))
     spec = replace(spec, speculation=speculation)
-    return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader))
+    return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader), steering)
+
+
+def _auto_draft(spec: ModelSpec, target: LoadedModel, manifest: Manifest | None) -> str | None:
+    """The draft that comes with Paceline for the target; for a steered one without it, the expert."""
+    expert = EXPERT_DRAFT if any(pair.expert is not None for pair in spec.steering) else None
+    return _bundled_for(target, manifest) or expert
+
+
+def _bundled_for(target: LoadedModel, manifest: Manifest | None) -> str | None:
+    """The draft that comes with Paceline for a target; a student that has none takes its parent's."""
+    own = bundled_draft(target.weights_sha256)
+    if own is None and manifest is not None and is_student(manifest):
+        return bundled_draft(manifest.base.weights_sha256)
+    return own
 
 
 def load_draft(
@@ -140,13 +165,13 @@ def load_draft(
         UserError: it cannot be found or loaded, or does not fit.
     """
     reference = spec.speculation.draft
-    if reference is None or reference == "ngram":
+    if reference is None or reference in ("ngram", EXPERT_DRAFT):
         return None
     path = resolve(reference)
     manifest = read_manifest(path)
     if manifest is not None:
         check_tokenizer(tokenizer.sha256, manifest.base.tokenizer_sha256)
-    if not _same_tokenizer_files(path, target.path):
+    if not same_tokenizer_files(path, target.path):
         check_tokenizer(tokenizer.sha256, load_tokenizer(path).sha256)
     # Measuring which format is good enough takes longer than it can win: rounding a draft never changes the output.
     weights = "int8" if spec.weights == "auto" and loader.pool is not None else spec.weights
@@ -160,13 +185,6 @@ def load_draft(
             f"{target.config.hidden_size}: use the draft with the target it was made for"
         )
     return draft
-
-
-def _same_tokenizer_files(path: Path, other: Path) -> bool:
-    """Whether two models hold copies of one tokenizer, which spares loading it a second time."""
-    names = ("tokenizer.json", "tokenizer_config.json")
-    pairs = [(tokenizer_folder(path) / name, tokenizer_folder(other) / name) for name in names]
-    return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
 def _timed(what: str, load: Callable[[], _T]) -> _T:

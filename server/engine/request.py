@@ -60,6 +60,20 @@ class SpeculationParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SteeringParams:
+    """A request's own steering.
+
+    Attributes:
+        strengths: of the model's pairs by name, in place of their defaults; None switches a pair off.
+        prompts: what each of the model's members reads, in the order of ``SteeringInfo.views``; none where all read
+            the request's prompt.
+    """
+
+    strengths: Mapping[str, float | None] = field(default_factory=dict)
+    prompts: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt with ``n`` choices for one served model; ids are within the model's vocabulary.
 
@@ -73,6 +87,7 @@ class Request:
     speculation: SpeculationParams = SpeculationParams()
     n: int = 1
     continues_text: bool = False
+    steering: SteeringParams = SteeringParams()
 
 
 @dataclass(frozen=True, slots=True)

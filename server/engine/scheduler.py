@@ -15,7 +15,7 @@ from typing import Protocol
 
 from paceline.server.decoding.policy import Decision, Option, Reason
 from paceline.server.engine.interface import Load
-from paceline.server.engine.kv_blocks import KvBlocks
+from paceline.server.engine.kv_blocks import BlockTable, KvBlocks
 from paceline.server.engine.sequence import Sequence
 
 #: A step's prefill gets at least this fraction (one over it) of the token budget, however many decodes and drafts run.
@@ -27,21 +27,33 @@ class Scheduled:
     """One sequence's share of a step.
 
     Attributes:
-        num_tokens: known tokens to compute (a prefill chunk, or 1).
+        num_tokens: known tokens to compute (a prefill chunk, or 1), of the member that lacks most.
         draft_tokens: how many tokens a proposer may draft behind them; blocks are reserved.
         option: how they are drafted, None if none are.
+        left: known tokens that no member computes yet.
     """
 
     sequence: Sequence
     num_tokens: int
     draft_tokens: int = 0
     option: Option | None = None
+    left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = self.sequence.remaining - self.num_tokens
 
     @property
     def completes(self) -> bool:
         """Whether all known tokens are computed after this step, so that a new one can be drawn."""
-        sequence = self.sequence
-        return sequence.target.num_computed + self.num_tokens == len(sequence.tokens)
+        return self.left == 0
+
+    def chunk(self, table: BlockTable, tokens: SequenceOf[int]) -> SequenceOf[int]:
+        """Known tokens that a member computes in this step.
+
+        Members of a steered model may have prompts of different lengths. All finish theirs in the same step: what is
+        left to do is at most the same for all of them.
+        """
+        return tokens[table.num_computed : max(0, len(tokens) - self.left)]
 
 
 @dataclass(slots=True)
@@ -143,8 +155,8 @@ class Scheduler:
 
     def _plan(self, name: str) -> StepPlan:
         plan, queue = StepPlan(name), self._queues[name]
-        prefilling = [s for s in queue.running if _remaining(s) > 1]
-        decoding = [s for s in queue.running if _remaining(s) == 1]
+        prefilling = [s for s in queue.running if s.remaining > 1]
+        decoding = [s for s in queue.running if s.remaining == 1]
         for sequence, decision in zip(decoding, self._models[name].plan_drafts(decoding), strict=True):
             if sequence in queue.running:  # not preempted by an older one in this loop
                 self._decode(sequence, decision, plan)
@@ -154,7 +166,7 @@ class Scheduler:
         budget = max(budget, self._max_batch_tokens // _LEAST_PREFILL_SHARE, 1)
         for sequence in prefilling:
             if budget > 0 and sequence in queue.running:
-                plan.items.append(Scheduled(sequence, min(_remaining(sequence), budget)))
+                plan.items.append(Scheduled(sequence, min(sequence.remaining, budget)))
                 budget -= plan.items[-1].num_tokens
         if not plan.preemptions:  # whoever just lost its blocks must not take them back at once
             self._admit(queue, budget, plan)
@@ -163,7 +175,7 @@ class Scheduler:
     def _decode(self, sequence: Sequence, decision: Decision, plan: StepPlan) -> None:
         if decision.length and not self._grow_for_draft(sequence, decision):
             decision = Decision(reason="no_room")
-        while not decision.length and not self._blocks.grow([(sequence.target, len(sequence.tokens))]):
+        while not decision.length and not self._grow(sequence):
             if not self._drop_draft(plan, also=sequence) and self._preempt_youngest(plan) is sequence:
                 return
         plan.items.append(Scheduled(sequence, 1, decision.length, decision.option))
@@ -171,15 +183,17 @@ class Scheduler:
             plan.disabled.append(decision.reason)
 
     def _grow_for_draft(self, sequence: Sequence, decision: Decision) -> bool:
-        """Room for the block in the target's table and, if a draft model makes it, in the draft's."""
-        needed = len(sequence.tokens) + decision.length
-        tables = [(sequence.target, needed)]
-        if decision.option is not None and decision.option.by_model:
-            assert sequence.draft is not None
+        """Room for the block in the tables of all members and, if a draft model makes it, in the draft's."""
+        tables = [(table, len(tokens) + decision.length) for table, tokens in sequence.verifying]
+        if decision.option is not None and decision.option.by_model and sequence.draft is not None:
             if not sequence.draft.blocks:
                 self._blocks.reuse_prefix(sequence.draft, sequence.tokens)
-            tables.append((sequence.draft, needed))
+            tables.append((sequence.draft, len(sequence.tokens) + decision.length))
         return self._blocks.grow(tables)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Room for all known tokens in the tables of all members, or nothing."""
+        return self._blocks.grow([(table, len(tokens)) for table, tokens in sequence.verifying])
 
     def _drop_draft(self, plan: StepPlan, *, also: Sequence | None = None) -> bool:
         """Free the blocks of one draft that has been idle, or that of ``also``: they are a luxury.
@@ -206,14 +220,15 @@ class Scheduler:
             queue.waiting.remove(sequence)
             queue.running.append(sequence)
             sequence.timing.start()
-            plan.items.append(Scheduled(sequence, min(_remaining(sequence), budget)))
+            plan.items.append(Scheduled(sequence, min(sequence.remaining, budget)))
             budget -= plan.items[-1].num_tokens
 
     def _start(self, sequence: Sequence, plan: StepPlan) -> bool:
         """Reuse cached blocks and take the rest; False (and nothing taken) if they are not to be had."""
         if sequence.sampling.prompt_logprobs is None:
-            self._blocks.reuse_prefix(sequence.target, sequence.tokens)
-        while not self._blocks.grow([(sequence.target, len(sequence.tokens))]):
+            for table, tokens in sequence.verifying:
+                self._blocks.reuse_prefix(table, tokens)
+        while not self._grow(sequence):
             if not self._drop_draft(plan):
                 self._release(sequence)
                 return False
@@ -235,10 +250,5 @@ class Scheduler:
         return victim
 
     def _release(self, sequence: Sequence) -> None:
-        for table in sequence.tables:
+        for table, _ in sequence.cached:
             self._blocks.release(table)
-
-
-def _remaining(sequence: Sequence) -> int:
-    """Known tokens that are not computed yet."""
-    return len(sequence.tokens) - sequence.target.num_computed

@@ -7,12 +7,17 @@ import itertools
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from paceline.server.decoding.mixture import Mixture
 from paceline.server.decoding.policy import History
 from paceline.server.engine.detokenizer import IncrementalDetokenizer, StopChecker
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.engine.kv_blocks import BlockTable, MemberLayout
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenLogprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _arrivals = itertools.count()
 #: Output that a sequence is expected to have left at least, when a draft has to catch up first.
@@ -41,6 +46,23 @@ class SpeculationCounter:
         return SpeculationStats(self.steps, self.drafted, self.accepted, tuple(self.histogram))
 
 
+@dataclass(slots=True, eq=False)
+class MemberTrack:
+    """A steering member's own view of a sequence.
+
+    Attributes:
+        member: its index among the model's members.
+        tokens: its own prompt, then the sequence's committed output.
+        table: its K and V.
+        drafted_logits: what it said about the draft tokens of this step, if it drafted them: fp32 [drafted, vocab].
+    """
+
+    member: int
+    tokens: list[int]
+    table: BlockTable
+    drafted_logits: "Tensor | None" = None
+
+
 class Sequence:
     """One choice.
 
@@ -50,6 +72,8 @@ class Sequence:
         sources: names of the proposers that may draft for it, preferred first; none if it does not speculate.
         draft_history: what the model's policy remembers of it.
         leader: the request's first choice, whose prefill the others wait for to share its blocks.
+        mixture: how its logits are combined; None takes the target's as they are.
+        tracks: the members beside the target that run for it, by index.
     """
 
     def __init__(
@@ -64,6 +88,8 @@ class Sequence:
         max_draft_tokens: int = 0,
         context_length: int,
         leader: "Sequence | None" = None,
+        mixture: Mixture | None = None,
+        tracks: SequenceOf[MemberTrack] = (),
     ) -> None:
         self.request, self.choice = request, choice
         self.sampling = request.sampling
@@ -75,6 +101,8 @@ class Sequence:
         self.sources, self.max_draft_tokens = tuple(sources), max_draft_tokens
         self.draft_history = History()
         self.leader = leader
+        self.mixture = mixture
+        self.tracks = {track.member: track for track in tracks}
         self.max_tokens = min(self.sampling.max_tokens, context_length - self.prompt_tokens)
         self.finish_reason: FinishReason | None = None
         self.cached_tokens: int | None = None
@@ -87,9 +115,19 @@ class Sequence:
         self._stops = StopChecker(self.sampling.stop)
 
     @property
-    def tables(self) -> list[BlockTable]:
-        """Tables of every member."""
-        return [self.target] if self.draft is None else [self.target, self.draft]
+    def verifying(self) -> list[tuple[BlockTable, list[int]]]:
+        """Tables without which no token can be drawn, each with its tokens: the target's first, then the members'."""
+        return [(self.target, self.tokens), *((track.table, track.tokens) for track in self.tracks.values())]
+
+    @property
+    def cached(self) -> list[tuple[BlockTable, list[int]]]:
+        """Tables of every member and of the draft model, each with its tokens."""
+        return self.verifying if self.draft is None else [*self.verifying, (self.draft, self.tokens)]
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that still have to be computed by the member that lacks most."""
+        return max(len(tokens) - table.num_computed for table, tokens in self.verifying)
 
     @property
     def output_tokens(self) -> int:
@@ -114,7 +152,7 @@ class Sequence:
     @property
     def prefilling(self) -> bool:
         """Whether more than the newest token still has to be computed, or nothing is generated yet."""
-        return len(self.tokens) - self.target.num_computed > 1 or self.output_tokens == 0
+        return self.remaining > 1 or self.output_tokens == 0
 
     @property
     def takes_raw_argmax(self) -> bool:
@@ -151,7 +189,8 @@ class Sequence:
         text = ""
         for token in token_ids:
             kept.append(token)
-            self.tokens.append(token)
+            for _, tokens in self.verifying:
+                tokens.append(token)
             text += self._take_text(token)
             if self.finish_reason is not None:
                 break

@@ -9,22 +9,15 @@ import torch
 from paceline.server.decoding.lenience import LenienceForm
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS, Candidate, Decision, Policy, StepWork
 from paceline.server.decoding.verify import DraftBlock, Rule
-from paceline.server.engine.interface import ModelInfo, check_lenience
+from paceline.server.engine.in_flight import Outcome
+from paceline.server.engine.interface import ModelInfo, check_lenience, check_strengths
 from paceline.server.engine.proposers import EMPTY_BLOCK, NGRAM, DraftWork, Proposer
 from paceline.server.engine.request import Request, SpeculationParams
 from paceline.server.engine.runner import Runner
 from paceline.server.engine.scheduler import Scheduled
 from paceline.server.engine.sequence import Sequence
+from paceline.server.engine.steering import Steering
 from paceline.server.errors import ContextLengthError, InvalidRequestError
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one item of a step went: draft tokens verified (0 if none were) and accepted."""
-
-    item: Scheduled
-    drafted: int
-    accepted: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +28,7 @@ class ServedModel:
         policy: chooses draft lengths and sources; learns from every step.
         rule: verification rule for unseeded sampled requests; greedy and seeded ones need none.
         lenience_form: what requests' lenience means; how far it may go is ``info.min_lenience``.
+        steering: of a steered model.
     """
 
     info: ModelInfo
@@ -43,6 +37,7 @@ class ServedModel:
     policy: Policy
     rule: Rule
     lenience_form: LenienceForm = "exp"
+    steering: Steering | None = None
 
     def check(self, request: Request) -> None:
         """Raise InvalidRequestError for what this model can never run."""
@@ -67,6 +62,16 @@ class ServedModel:
                 param="speculation.max_draft_tokens",
             )
         check_lenience(request.speculation.lenience, self.info, seeded=request.sampling.seed is not None)
+        if self.steering is not None:
+            self.steering.check(request)
+        else:
+            check_strengths(request.steering.strengths, ())
+
+    def blocks_needed(self, request: Request) -> int:
+        """KV blocks that a choice of a request may take at most, but for the draft's: it gives way."""
+        longest = len(request.prompt_ids) + request.sampling.max_tokens
+        steering = 0 if self.steering is None else self.steering.blocks_needed(request)
+        return self.runner.layout.blocks_for(longest) + steering
 
     def sequences(self, request: Request) -> list[Sequence]:
         """One sequence per choice, in choice order."""
@@ -85,6 +90,8 @@ class ServedModel:
                     max_draft_tokens=length,
                     context_length=self.info.context_length,
                     leader=made[0] if made else None,
+                    mixture=None if self.steering is None else self.steering.mixture(request),
+                    tracks=() if self.steering is None else self.steering.tracks(request),
                 )
             )
         return made
@@ -143,7 +150,7 @@ class ServedModel:
         self.policy.on_step(self._work(outcomes, seconds))
 
     def _work(self, outcomes: SequenceOf[Outcome], seconds: Mapping[str, float]) -> StepWork:
-        rows = [(o.item.num_tokens + o.drafted, len(o.item.sequence.tokens)) for o in outcomes]
+        rows = [(o.known + o.drafted, len(o.item.sequence.tokens)) for o in outcomes]
         work = [w for proposer in self.proposers.values() if (w := proposer.take_work()) is not None]
         drafting = work[0] if work else DraftWork()
         context = sum(context for _, context in rows) // max(1, len(rows))

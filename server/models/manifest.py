@@ -119,16 +119,16 @@ def parse_manifest(raw: Mapping[str, Any], where: str) -> Manifest:
     return manifest
 
 
-def check_tokenizer(target_sha256: str, draft_sha256: str) -> None:
-    """Refuse a draft whose token ids mean other text than the target's.
+def check_tokenizer(target_sha256: str, other_sha256: str, *, who: str = "draft") -> None:
+    """Refuse a draft, or who else works beside a target, whose token ids mean other text than the target's.
 
     Raises:
         ArtifactError: names both hashes.
     """
-    if target_sha256 != draft_sha256:
+    if target_sha256 != other_sha256:
         raise ArtifactError(
-            f"the draft's tokenizer (SHA-256 {draft_sha256}) is not the target's ({target_sha256}): "
-            "a draft must be made for the target's vocabulary"
+            f"the {who}'s tokenizer (SHA-256 {other_sha256}) is not the target's ({target_sha256}): "
+            f"the {who} must have the target's vocabulary"
         )
 
 

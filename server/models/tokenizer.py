@@ -5,6 +5,8 @@ templates are those of `tokenizers` and `transformers`; decoding joins the token
 token bytes and incremental detokenizing can never disagree.
 """
 
+import copy
+import filecmp
 import hashlib
 import json
 import re
@@ -40,6 +42,13 @@ def tokenizer_folder(path: Path) -> Path:
 
         return converted_folder(path)
     return path
+
+
+def same_tokenizer_files(path: Path, other: Path) -> bool:
+    """Whether two models hold copies of one tokenizer, which spares loading it a second time."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    pairs = [(tokenizer_folder(path) / name, tokenizer_folder(other) / name) for name in names]
+    return all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in pairs)
 
 
 def _load_folder(folder: Path) -> "HfTokenizer":
@@ -163,6 +172,14 @@ class HfTokenizer:
             raise InvalidRequestError(
                 f"the chat template refuses the messages: {reason}", param="messages"
             ) from error
+
+    def with_template(self, template: str) -> "HfTokenizer":
+        """The same tokenizer with another chat template (Jinja)."""
+        other = copy.copy(self)
+        other._renderer = copy.copy(self._renderer)
+        other._renderer.chat_template = template
+        other.has_chat_template = True
+        return other
 
 
 class _Pieces:

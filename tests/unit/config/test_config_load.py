@@ -202,7 +202,7 @@ def test_an_unknown_variable_or_flag_names_the_nearest_known() -> None:
             "[[models]]\ntarget = 'a'\nweights = 'int4'",
             'models[0].weights: "int4" is not available in this version',
         ),
-        ("[[models]]\ntarget = 'a'\n[[models.steering]]", "models[0].steering: steering is not available"),
+        ("[[models]]\ntarget = 'a'\n[[models.steering]]", "models[0].steering[0]: name is missing"),
         ("[[models]]\ntarget = 'a'\nspeculation = 1", "models[0].speculation: expected a table, got 1"),
     ],
 )

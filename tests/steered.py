@@ -1,0 +1,62 @@
+"""Steered models over tiny checkpoints, and what they should say by transformers, in float64."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engines import spec
+from transformers import AutoModelForCausalLM
+
+from paceline.server.config.schema import ModelSpec, SteeringConfig
+
+#: Each mode as the paper has it, over the logits of base, expert and anti-expert.
+FORMULAS = {
+    "proxy": lambda m, e, a, x: m + x * (e - a),
+    "amplify": lambda m, e, a, x: e + x * (m - a),
+    "cfg": lambda m, e, a, x: m + x * (m - a),
+}
+
+
+def pair(name: str, anti_expert: Path | str, expert: Path | None = None, **keys: Any) -> SteeringConfig:
+    return SteeringConfig(name, str(anti_expert), expert=None if expert is None else str(expert), **keys)
+
+
+def steered_spec(target: Path, *pairs: SteeringConfig, name: str = "m", **settings: Any) -> ModelSpec:
+    return replace(spec(target, name, **settings), steering=pairs)
+
+
+class Oracle:
+    """Checkpoints as transformers runs them, in float64."""
+
+    def __init__(self) -> None:
+        self._models: dict[Path, Any] = {}
+
+    def logits(self, path: Path, tokens: Sequence[int]) -> np.ndarray:
+        """[len(tokens), vocab]."""
+        if path not in self._models:
+            self._models[path] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+        with torch.no_grad():
+            return self._models[path](torch.tensor([tokens])).logits[0].numpy()
+
+    def last(self, path: Path, tokens: Sequence[int]) -> np.ndarray:
+        return self.logits(path, tokens)[-1]
+
+    def greedy(
+        self, formula: Any, prompts: Mapping[Path, Sequence[int]], max_tokens: int, eos: int | None = None
+    ) -> list[int]:
+        """A plain loop: run every model over its own prompt and the output, combine, take the argmax.
+
+        Args:
+            formula: maps the models' logits, in the order of ``prompts``, to the combination.
+        """
+        output: list[int] = []
+        while len(output) < max_tokens:
+            said = [self.last(path, [*prompt, *output]) for path, prompt in prompts.items()]
+            width = min(map(len, said))
+            output.append(int(formula(*(s[:width] for s in said)).argmax()))
+            if output[-1] == eos:
+                break
+        return output
