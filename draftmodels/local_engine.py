@@ -293,7 +293,7 @@ class LocalEngine:
             raise ConfigError("there is no draft to generate from")
         if self._alone is None:
             spec = replace(self._parts.spec, speculation=self._target.spec.speculation)
-            self._alone = self._wired(Parts(spec, self.tokenizer, draft, None))
+            self._alone = self._wired(Parts(spec, self._target.tokenizer, draft, None))
         return self._alone
 
 

@@ -34,6 +34,8 @@ class Answer:
         forwards: target forwards after that one.
         seconds: from submitting the request to its last event.
         blocks: verified draft blocks, in order; empty without speculation.
+        text: of the tokens, without a stop text.
+        decode_seconds: from the first commit to the last.
     """
 
     prompt: int
@@ -42,6 +44,8 @@ class Answer:
     forwards: int
     seconds: float
     blocks: tuple[Block, ...] = ()
+    text: str = ""
+    decode_seconds: float = 0.0
 
     @property
     def decoded(self) -> int:

@@ -1,7 +1,8 @@
-"""Measure drafts and sparse students through the engine that serves them, on held-out prompts and text.
+"""Measure drafts, sparse students and steered models through the engine that serves them, on held-out prompts and text.
 
-``paceline evaluate``: a group; ``sparse`` has a module of its own. Owns arguments, exit codes and the order of
-checks: whatever can be refused is refused before models are loaded. Heavy libraries are imported by the command.
+``paceline evaluate``: a group; ``sparse`` and ``steering`` have modules of their own. Owns arguments, exit codes and
+the order of checks: whatever can be refused is refused before models are loaded. Heavy libraries are imported by the
+command.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paceline.draftmodels.evaluate.sparse.command import sparse
+from paceline.draftmodels.evaluate.steering.command import steering
 
 if TYPE_CHECKING:
     from paceline.draftmodels.data.prompts import Prompt
@@ -38,6 +40,7 @@ class DraftPolicy(StrEnum):
 
 
 app.command()(sparse)
+app.command()(steering)
 
 
 @app.callback()

@@ -4,20 +4,19 @@ Per temperature one pass is examined and not timed; it also warms up. Then come 
 speculation and without, whose order alternates. Owns the engine's life. Knows nothing of figures and tables.
 """
 
-import asyncio
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from paceline.draftmodels.data.prompts import Prompt
-from paceline.draftmodels.evaluate.answers import Answer, Pass
+from paceline.draftmodels.evaluate.answers import Pass
+from paceline.draftmodels.evaluate.asking import Asker, Unobserved
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
 from paceline.draftmodels.evaluate.figures import Measured
 from paceline.draftmodels.evaluate.plan import Plan
 from paceline.draftmodels.evaluate.progress import Progress, progress
 from paceline.server.engine.build import build_engine
-from paceline.server.engine.interface import AsyncEngine, ModelInfo, RequestStats, StepStats
+from paceline.server.engine.interface import AsyncEngine, ModelInfo
 from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
 from paceline.server.errors import ConfigError
 
@@ -42,7 +41,7 @@ async def measure(plan: Plan, prompts: Sequence[Prompt], outcome: Outcome) -> No
         EngineError: the engine failed.
     """
     examiner = BlockExaminer()
-    engine = build_engine(plan.config, _Unobserved(), examiner)
+    engine = build_engine(plan.config, Unobserved(), examiner)
     await engine.start()
     try:
         (outcome.model,) = engine.models.values()
@@ -66,16 +65,6 @@ def _check_lengths(prompts: Sequence[Prompt], plan: Plan, model: ModelInfo) -> N
         )
 
 
-class _Unobserved:
-    """An engine observer that keeps nothing."""
-
-    def on_step(self, stats: StepStats) -> None:
-        """See ``EngineObserver.on_step``."""
-
-    def on_request(self, stats: RequestStats) -> None:
-        """See ``EngineObserver.on_request``."""
-
-
 class _Passes:
     def __init__(
         self,
@@ -86,8 +75,8 @@ class _Passes:
         prompts: Sequence[Prompt],
         shown: Progress,
     ) -> None:
-        self._engine, self._model, self._examiner = engine, model, examiner
-        self._plan, self._prompts, self._shown = plan, prompts, shown
+        self._asker, self._model, self._examiner = Asker(engine, examiner, shown), model, examiner
+        self._plan, self._prompts = plan, prompts
         self._ids = itertools.count()
 
     async def measure(self, temperature: float, outcome: Outcome) -> None:
@@ -107,24 +96,15 @@ class _Passes:
             outcome.measured[-1] = Measured(temperature, examined, tuple(rounds))
 
     async def _run(self, temperature: float, label: str, *, speculates: bool) -> Pass:
-        """One pass: ``streams`` workers take the prompts in order."""
-        self._shown.start(label)
-        waiting = iter(enumerate(self._prompts))
-        answers: dict[int, Answer] = {}
+        requests = [
+            (self._request(index, prompt, temperature, speculates), prompt.category)
+            for index, prompt in enumerate(self._prompts)
+        ]
+        return await self._asker.run(requests, self._plan.streams, label)
 
-        async def work() -> None:
-            for index, prompt in waiting:
-                answers[index] = await self._ask(index, prompt, temperature, speculates)
-                self._shown.add(len(answers[index].tokens))
-
-        started = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(self._plan.streams)))
-        seconds = time.perf_counter() - started
-        return Pass(tuple(answers[index] for index in range(len(self._prompts))), seconds)
-
-    async def _ask(self, index: int, prompt: Prompt, temperature: float, speculates: bool) -> Answer:
+    def _request(self, index: int, prompt: Prompt, temperature: float, speculates: bool) -> Request:
         seed = self._plan.seed
-        request = Request(
+        return Request(
             f"evaluate-{next(self._ids)}",
             self._model.name,
             prompt.tokens,
@@ -134,16 +114,4 @@ class _Passes:
                 seed=None if seed is None else seed + index,
             ),
             SpeculationParams(enabled=speculates),
-        )
-        started = time.perf_counter()
-        events = [event async for event in self._engine.submit(request)]
-        seconds = time.perf_counter() - started
-        commits = [event.token_ids for event in events if event.token_ids]
-        return Answer(
-            index,
-            prompt.category,
-            tuple(itertools.chain.from_iterable(commits)),
-            max(0, len(commits) - 1),
-            seconds,
-            self._examiner.take(request.id),
         )

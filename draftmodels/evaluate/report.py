@@ -1,9 +1,10 @@
 """A measurement as one JSON object, as a table of 80 columns, and as files."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich import box
@@ -132,17 +133,26 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def write(folder: Path, report: Mapping[str, Any], plot: Callable[[Mapping[str, Any], Path], None]) -> None:
-    """Plot and report, the report last: where it is, all is there.
+def write(
+    folder: Path,
+    report: Mapping[str, Any],
+    plot: Callable[[Mapping[str, Any], Path], None],
+    lines: Mapping[str, Iterable[Mapping[str, Any]]] = MappingProxyType({}),
+) -> None:
+    """Plot, further files and report, the report last: where it is, all is there.
 
     Args:
         plot: draws the report into a file.
+        lines: objects of JSON Lines, by the file's name.
 
     Raises:
         ConfigError: nothing can be written.
     """
     try:
         plot(report, folder / PLOT)
+        for name, objects in lines.items():
+            text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
+            write_text_atomic(folder / name, text)
         write_text_atomic(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigError(f"--output: {folder} cannot be written: {error.strerror}") from error

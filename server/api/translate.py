@@ -19,8 +19,9 @@ from paceline.server.api.sampling import (
 )
 from paceline.server.api.schemas import CompletionBody, GenerationBody, StreamOptions
 from paceline.server.api.settings import ApiSettings
-from paceline.server.api.steering import Strengths, conversation_prompts, strengths_of, text_prompts
+from paceline.server.api.steering import strengths_of
 from paceline.server.engine.interface import ModelInfo
+from paceline.server.engine.member_prompts import Strengths, conversation_prompts, text_prompts
 from paceline.server.engine.request import Request, SamplingParams, SteeringParams
 from paceline.server.errors import InvalidRequestError
 

@@ -30,7 +30,8 @@ class Scheduled:
         num_tokens: known tokens to compute (a prefill chunk, or 1), of the member that lacks most.
         draft_tokens: how many tokens a proposer may draft behind them; blocks are reserved.
         option: how they are drafted, None if none are.
-        left: known tokens that no member computes yet.
+        left: known tokens that the member that lacks most will still lack after the step; settled when it is planned,
+            as members run one after the other.
     """
 
     sequence: Sequence

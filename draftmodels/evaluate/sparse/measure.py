@@ -8,6 +8,7 @@ from typing import Any
 
 from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate import prompts as held_out
+from paceline.draftmodels.evaluate.asking import Unobserved
 from paceline.draftmodels.evaluate.progress import progress
 from paceline.draftmodels.evaluate.setting import cpu_name
 from paceline.draftmodels.evaluate.sparse.losses import Losses, measure_losses
@@ -18,7 +19,6 @@ from paceline.draftmodels.evaluate.sparse.speed import Rounds, summarize, time_r
 from paceline.draftmodels.evaluate.sparse.text import dataset, last_words, read_text
 from paceline.draftmodels.provenance import provenance
 from paceline.server.engine.build import wire
-from paceline.server.engine.interface import RequestStats, StepStats
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.parts import Parts, load_parts, make_loader
 from paceline.server.errors import ArtifactError, ConfigError
@@ -124,7 +124,7 @@ async def _time(
     wiring = wire(parts, plan.config.engine, loader)
     infos = {name: model.info for name, model in wiring.served.items()}
     engine = NativeEngine(
-        lambda: BuiltEngine(wiring.engine(_Unobserved(), seed=0), infos),
+        lambda: BuiltEngine(wiring.engine(Unobserved(), seed=0), infos),
         max_queued_requests=plan.config.server.max_queued_requests,
     )
     chosen = variants(with_draft=plan.draft is not None)
@@ -157,13 +157,3 @@ def _check_lengths(prompts: Sequence[Prompt], plan: Plan, parts: Sequence[Parts]
 def _format(model: LoadedModel) -> str:
     """Format and kernels that run: what follows the hash in the weights' key."""
     return model.key.rpartition("/")[2]
-
-
-class _Unobserved:
-    """An engine observer that keeps nothing."""
-
-    def on_step(self, stats: StepStats) -> None:
-        """See ``EngineObserver.on_step``."""
-
-    def on_request(self, stats: RequestStats) -> None:
-        """See ``EngineObserver.on_request``."""

@@ -25,7 +25,9 @@ from paceline.kernels.gpu import runtime, table
 from paceline.server.api.app import create_app
 from paceline.server.api.settings import ApiSettings
 from paceline.server.config import EngineConfig, PacelineConfig
+from paceline.server.config.schema import SteeringConfig
 from paceline.server.engine.build import build_engine
+from paceline.server.engine.kernel_runner import KernelRunner
 from paceline.server.metrics import Metrics
 
 pytest.importorskip("triton")
@@ -158,6 +160,38 @@ def test_the_table_and_the_rows_decide_which_kernels_multiply(models: list[Any])
             runtime.forget_launches()
             ask(client, model, **fields)
             assert launched() & products == wanted, (model, fields)
+
+
+def test_a_sparse_steered_model_with_a_draft_combines_by_the_kernel(
+    models: list[Any], tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three levers in one configuration: the text of torch, and every combination is a launch of the kernel."""
+    expert, anti = (tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1, perturb=p) for p in (0.0, 0.4))
+    pair = SteeringConfig("p", str(anti), expert=str(expert), alpha=1.4)
+    steered = replace(models[0], steering=(pair,))
+    combined: list[int] = []
+    real = KernelRunner.combine
+
+    def counted(self: Any, members: Any, weights: torch.Tensor) -> torch.Tensor:
+        before = runtime.launches().get("combine_kernel", 0)
+        result = real(self, members, weights)
+        combined.append(runtime.launches().get("combine_kernel", 0) - before)
+        return result
+
+    monkeypatch.setattr(KernelRunner, "combine", counted)
+    asked: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 0, "extra_body": {"speculation": {"draft": "expert"}}},
+        {"temperature": 0, "extra_body": {"steering": {"alpha": 0}}},
+    ]
+    with served([steered], "torch") as client:
+        expected = [ask(client, "bitmask", **fields) for fields in asked]
+    with served([steered], "triton") as client:
+        assert [ask(client, "bitmask", **fields) for fields in asked] == expected
+    assert expected[0] != expected[3]
+    assert len(combined) > 6
+    assert set(combined) == {1}
 
 
 def _verify_beside_the_reference(monkeypatch: pytest.MonkeyPatch) -> list[int]:
