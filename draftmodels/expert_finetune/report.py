@@ -10,6 +10,9 @@ from typing import Any
 from paceline.draftmodels.jobs.metrics import read_metrics
 from paceline.draftmodels.jobs.page import Line, measurements, page, picture, running
 
+#: The running mean is over about one in so many of a short run's steps.
+_SMOOTHED_PARTS = 20
+
 
 def write_report(run: Path, about: Mapping[str, Any]) -> Path:
     """Write ``report.html`` into the run's folder and return its path.
@@ -31,7 +34,12 @@ def write_report(run: Path, about: Mapping[str, Any]) -> Path:
 
 def _training(steps: Sequence[Line]) -> Any:
     figure, axes = picture("Training loss", "nats per learnt token")
-    axes.plot([line["tokens"] for line in steps], running([line["loss"] for line in steps]))
+    tokens, losses = [line["tokens"] for line in steps], [line["loss"] for line in steps]
+    # An expert's job may have a few dozen steps: a mean over many of them would show a loss that is long gone.
+    smooth = running(losses, min(1.0, max(0.05, _SMOOTHED_PARTS / max(len(losses), 1))))
+    axes.plot(tokens, losses, alpha=0.3, label="steps")
+    axes.plot(tokens, smooth, color="C0", label="running mean")
+    axes.legend()
     return figure
 
 
