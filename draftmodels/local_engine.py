@@ -16,14 +16,16 @@ import torch
 from paceline.draftmodels.acceptance import Acceptance, BlockCounter
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.stepping import Progress, make_requests, run, sequences, torch_threads
+from paceline.draftmodels.targets import target_spec
 from paceline.kernels.cpu.library import Pool
 from paceline.server.config import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig, resolve
 from paceline.server.decoding.policy import MAX_DRAFT_TOKENS
 from paceline.server.decoding.verify import Rule
 from paceline.server.engine.build import Wiring, wire
-from paceline.server.engine.interface import Tokenizer
+from paceline.server.engine.interface import ModelInfo, Tokenizer
 from paceline.server.engine.parts import Parts, load_draft, load_parts, make_loader
 from paceline.server.engine.request import SamplingParams, SpeculationParams
+from paceline.server.engine.steering_parts import SteeringParts
 from paceline.server.errors import ConfigError
 from paceline.server.models.config import ModelConfig
 from paceline.server.models.loader import LoadedModel
@@ -44,9 +46,9 @@ class LocalEngine:
     """A target, and the draft of the moment.
 
     Args:
-        target: a model reference.
-        weights: format of the target. A draft runs in it too, or in int8 where this is "auto" and the CPU kernels run
-            it, as drafts are served.
+        target: a model reference, or a model of a configuration file (``targets``), whose steering counts.
+        weights: format of the target; "auto" is what the configuration says. A draft runs in it too, or in int8 where
+            this is "auto" and the CPU kernels run it, as drafts are served.
         draft: folder of the first draft; see ``use_draft``.
         threads: None takes the physical cores.
         streams: requests that run at the same time.
@@ -77,7 +79,14 @@ class LocalEngine:
             max_draft_tokens=MAX_DRAFT_TOKENS,
             min_lenience=_TAKES_ALL,
         )
-        spec = ModelSpec(_NAME, str(target), weights, context_length, speculation)
+        named = target_spec(str(target))
+        spec = replace(
+            named,
+            name=_NAME,
+            weights=named.weights if weights == "auto" else weights,
+            context_length=context_length or named.context_length,
+            speculation=speculation,
+        )
         engine = EngineConfig(device=device, threads=threads, max_running=streams)
         config = resolve(PacelineConfig(engine=engine, models=(spec,)))
         self._engine = config.engine
@@ -105,6 +114,21 @@ class LocalEngine:
         return self._target.target
 
     @property
+    def spec(self) -> ModelSpec:
+        """The target as it is configured."""
+        return self._target.spec
+
+    @property
+    def steering(self) -> SteeringParts | None:
+        """What steers the target, if anything does."""
+        return self._target.steering
+
+    @property
+    def info(self) -> ModelInfo:
+        """The target as it is served."""
+        return self._ready.served[_NAME].info
+
+    @property
     def draft(self) -> LoadedModel | None:
         """The draft's weights, if there is one."""
         return self._parts.draft
@@ -127,7 +151,7 @@ class LocalEngine:
     @property
     def context_length(self) -> int:
         """Longest sequence, tokens: what target and draft both allow."""
-        return _context_length(self._ready)
+        return self.info.context_length
 
     def use_draft(self, folder: Path | None) -> None:
         """Serve with another draft, read anew from ``folder``, or with none; the target stays loaded.
@@ -153,6 +177,7 @@ class LocalEngine:
         max_tokens: int,
         seed: int,
         stop_token_ids: Sequence[int] = (),
+        steered: bool = True,
         progress: Progress | None = None,
     ) -> list[TokenSequence]:
         """Let the target continue prompts until it ends them.
@@ -163,6 +188,7 @@ class LocalEngine:
         Args:
             max_tokens: longest answer; an answer is shorter where the context ends.
             stop_token_ids: that end an answer beside the target's own end-of-sequence ids.
+            steered: off: by the target alone, as prompts can be continued that its members could not read.
             progress: told (done, total) requests.
 
         Raises:
@@ -171,7 +197,7 @@ class LocalEngine:
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, stop_token_ids=tuple(stop_token_ids)
         )
-        return self._text(self._ready, prompts, sampling, progress, request_seed=seed)
+        return self._text(self._ready, prompts, sampling, progress, request_seed=seed, steered=steered)
 
     def generate_from_draft(
         self,
@@ -232,7 +258,7 @@ class LocalEngine:
         """
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature)
         wish, blocks = self._speculation(draft_tokens), BlockCounter(draft_tokens)
-        requests = make_requests(_NAME, prompts, sampling, wish, None, self.context_length)
+        requests = make_requests(self.info, prompts, sampling, wish, None)
         engine = self._ready.with_rule(rule).engine(blocks, seed=seed)
         with self.exclusive():
             return blocks.acceptance(run(engine, requests, progress))
@@ -264,8 +290,10 @@ class LocalEngine:
         *,
         request_seed: int | None = None,
         engine_seed: int = 0,
+        steered: bool = True,
     ) -> list[TokenSequence]:
-        requests = make_requests(_NAME, prompts, sampling, wish, request_seed, _context_length(wiring))
+        info = wiring.served[_NAME].info
+        requests = make_requests(info, prompts, sampling, wish, request_seed, steered=steered)
         with self.exclusive():
             commits = run(wiring.engine(BlockCounter(), seed=engine_seed), requests, progress)
         return sequences(requests, commits)
@@ -292,10 +320,6 @@ class LocalEngine:
         if draft is None:
             raise ConfigError("there is no draft to generate from")
         if self._alone is None:
-            spec = replace(self._parts.spec, speculation=self._target.spec.speculation)
+            spec = replace(self._parts.spec, speculation=self._target.spec.speculation, steering=())
             self._alone = self._wired(Parts(spec, self._target.tokenizer, draft, None))
         return self._alone
-
-
-def _context_length(wiring: Wiring) -> int:
-    return wiring.served[_NAME].info.context_length

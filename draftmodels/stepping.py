@@ -8,10 +8,12 @@ from itertools import chain
 import torch
 
 from paceline.draftmodels.acceptance import Commits
+from paceline.draftmodels.data.member_prompts import member_prompts
 from paceline.draftmodels.data.seeds import derive_seed
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.server.engine.engine import Engine
-from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
+from paceline.server.engine.interface import ModelInfo
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams, SteeringParams
 from paceline.server.errors import DataError
 
 #: Told (done, total) requests.
@@ -19,36 +21,40 @@ Progress = Callable[[int, int], None]
 
 
 def make_requests(
-    model: str,
+    model: ModelInfo,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
     speculation: SpeculationParams,
     seed: int | None,
-    context_length: int,
+    *,
+    steered: bool = True,
 ) -> list[Request]:
     """One request per prompt.
 
     Args:
         sampling: of all; answers are shorter where the context ends.
         seed: request i gets one derived from (seed, i); None leaves them unseeded.
+        steered: as the model is configured; off: by its target alone.
 
     Raises:
-        DataError: a prompt leaves no room in the context.
+        DataError: a prompt leaves no room in the context, or a steered model's members cannot be given it.
     """
+    off = SteeringParams(dict.fromkeys(pair.name for pair in model.steering.pairs) if model.steering else {})
     made = []
     for i, prompt in enumerate(prompts):
-        room = context_length - len(prompt)
+        steering = SteeringParams(prompts=member_prompts(prompt, model)) if steered else off
+        room = model.context_length - max(map(len, (prompt, *steering.prompts)))
         if not prompt or room < 1:
             raise DataError(
                 f"prompt {i} has {len(prompt)} tokens, but must have at least 1 and leave room for an answer in the "
-                f"context of {context_length}"
+                f"context of {model.context_length}"
             )
         own = replace(
             sampling,
             max_tokens=min(sampling.max_tokens, room),
             seed=None if seed is None else derive_seed(seed, i),
         )
-        made.append(Request(str(i), model, tuple(prompt), own, speculation))
+        made.append(Request(str(i), model.name, tuple(prompt), own, speculation, steering=steering))
     return made
 
 

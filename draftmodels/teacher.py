@@ -3,6 +3,9 @@
 One ragged prefill over many sequences at a time through the same runner that serves; rows go through the head in small
 batches, so that full-vocabulary logits never take much memory. States come out of the KV cache, rounded as the drafts
 that read them see them when served.
+
+The teacher of a steered target says what it says when served: all members run over the sequence, each behind its own
+prompt, and their logits are combined before anything is normalised. States are the target's alone.
 """
 
 import math
@@ -10,22 +13,27 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from paceline.draftmodels.data.member_prompts import member_prompts
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.local_engine import LocalEngine
-from paceline.server.engine.batch import Batch
-from paceline.server.engine.build import make_runner
-from paceline.server.engine.kv_arena import KvArena, MemberShape
-from paceline.server.engine.kv_blocks import BlockTable, KvBlocks
+from paceline.draftmodels.prefill import Piece, Prefill, Reading, batches_of, blocks_needed
+from paceline.server.decoding import arithmetic
+from paceline.server.decoding.mixture import BASE, Mixture, mixture
+from paceline.server.engine.member_prompts import Prompts
+from paceline.server.engine.steering_parts import SteeringParts
 from paceline.server.errors import ConfigError, DataError
-from paceline.server.models.attention import SequenceRows
+from paceline.server.models.loader import LoadedModel
 
 #: Token rows per forward: enough for the kernels' full speed, and at most this many rows of logits at a time.
 ROWS = 256
-_BLOCK_TOKENS = 16
+#: Log-probability of what cannot come out: its exp is 0, and a product with it is a number.
+_LEAST = -1e4
 #: Rows of logits that one thread normalises at a time; with a vocabulary of 49k they just fit its share of the caches.
 _CHUNK_ROWS = 16
 
@@ -37,7 +45,8 @@ class TeacherRows:
     Attributes:
         states: after its final norm, one row per token, [tokens, hidden] in the type of the KV cache.
         log_p: log-probabilities of proposable ids, normalised over the full vocabulary, [answer tokens, k]; row j
-            predicts the j-th token of the answer. Columns are the proposable ids, ascending, or those of ``ids``.
+            predicts the j-th token of the answer. Columns are the proposable ids, ascending, or those of ``ids``. What
+            steering rules out has -10,000.
         ids: with top-k, which of the proposable ids the columns are: indices, most likely first, int32
             [answer tokens, k].
         log_rest: with top-k, log of the exact mass of all other proposable ids, fp32 [answer tokens].
@@ -71,10 +80,9 @@ class Teacher:
         if top_k is not None and not 1 <= top_k <= proposable:
             raise ConfigError(f"top_k must be between 1 and the draft's {proposable} ids, not {top_k}")
         self._local, self._top_k, self._dtype = local, top_k, dtype
-        target = local.target
-        self._shape = MemberShape(f"{target.key}/teacher", target.config, target.kv_dtype, keeps_states=True)
+        self._members = _members(local)
         self._vocab_ids = None if vocab_ids is None else vocab_ids.long().to(local.device)
-        self._prefill: _Prefill | None = None
+        self._prefills: dict[int, Prefill] = {}
 
     def rows(
         self,
@@ -94,131 +102,134 @@ class Teacher:
             One entry per sequence, in order, on the target's device.
 
         Raises:
-            DataError: a sequence longer than the target's context.
+            DataError: a sequence longer than the context of the target or of a member, or one whose prompt a member
+                cannot be given.
             ConfigError: a temperature that is not above 0.
         """
         if not temperature > 0:
             raise ConfigError(f"a teacher's temperature must be above 0, not {temperature}")
-        prefill = self._prefill_for(sequences)
+        batches = list(batches_of(sequences, ROWS))
+        readings = [self._reading(index, sequences, batches) for index in self._members]
         parts: list[list[_Columns]] = [[] for _ in sequences]
         rows: list[TeacherRows] = []
         with self._local.exclusive(), torch.no_grad(), self._normaliser(temperature) as columns:
-            for pieces in _batches(sequences):
-                logits = prefill.forward(sequences, pieces)
+            for pieces in batches:
+                logits = [reading.forward(pieces) for reading in readings]
                 counts = [piece.wanted(sequences[piece.index]) for piece in pieces]
                 for piece, part in zip(pieces, columns(logits).split(counts), strict=True):
                     parts[piece.index].append(part)
                     if piece.stop == len(sequences[piece.index].tokens):
-                        rows.append(_joined(prefill.take_states(piece.index), parts[piece.index]))
+                        states = [reading.finish(piece.index) for reading in readings][BASE]
+                        assert states is not None
+                        rows.append(_joined(states, parts[piece.index]))
                         parts[piece.index] = []
                 if progress is not None:
                     progress(len(rows), len(sequences))
         return rows
 
-    def _prefill_for(self, sequences: Sequence[TokenSequence]) -> "_Prefill":
-        """A prefill with room for the longest sequence; no blocks are in use."""
-        longest, context = (
-            max((len(s.tokens) for s in sequences), default=1),
-            self._shape.config.context_length,
-        )
-        if longest > context:
-            raise DataError(f"a sequence of {longest} tokens does not fit the target's context of {context}")
-        if self._prefill is None or self._prefill.longest < longest:
-            self._prefill = _Prefill(self._local, self._shape, longest)
-        self._prefill.reset()
-        return self._prefill
+    def _reading(
+        self, index: int, sequences: Sequence[TokenSequence], batches: Sequence[Sequence[Piece]]
+    ) -> Reading:
+        """A member over its sequences, with room for what is under way at a time; no blocks are in use."""
+        member = self._members[index]
+        own = [member.sequence(sequence) for sequence in sequences]
+        longest = max((len(s.tokens) for s in own), default=1)
+        if longest > member.model.config.context_length:
+            raise DataError(
+                f"a sequence of {longest} tokens does not fit {member.who}'s context of "
+                f"{member.model.config.context_length}"
+            )
+        ahead = [len(a.tokens) - len(b.tokens) for a, b in zip(own, sequences, strict=True)]
+        blocks = blocks_needed(batches, ahead)
+        prefill = self._prefills.get(index)
+        if prefill is None or prefill.num_blocks < blocks:
+            prefill = self._prefills[index] = Prefill(
+                self._local, member.model, blocks, keeps_states=index == BASE
+            )
+        prefill.reset()
+        return Reading(prefill, own, ahead)
 
     @contextmanager
-    def _normaliser(self, temperature: float) -> "Iterator[Callable[[Tensor], _Columns]]":
-        """Logits to columns: chunk by chunk, on as many threads as the kernels have; CUDA and torch use their own."""
+    def _normaliser(self, temperature: float) -> "Iterator[Callable[[Sequence[Tensor]], _Columns]]":
+        """The members' logits to columns: chunk by chunk, on as many threads as the kernels have; CUDA and torch use
+        their own."""
 
-        def one(logits: Tensor) -> _Columns:
+        def one(*members: Tensor) -> _Columns:
+            logits = combined(members)
             return _columns(logits, temperature, self._vocab_ids, self._top_k, self._dtype)
 
+        combined = _combination(self._local, list(self._members))
         pool = self._local.pool
         if pool is None:
-            yield one
+            yield lambda members: one(*members)
             return
         with ThreadPoolExecutor(pool.threads) as threads:
-            yield lambda logits: _stacked(list(threads.map(one, torch.split(logits, _CHUNK_ROWS))))
+            yield lambda members: _stacked(
+                list(threads.map(one, *(torch.split(logits, _CHUNK_ROWS) for logits in members)))
+            )
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Positions [start, stop) of one sequence in one forward."""
+class _Member:
+    """A model, and what it reads; ``who`` is what messages call it."""
 
-    index: int
-    start: int
-    stop: int
+    who: str
+    model: LoadedModel
+    prompt: Callable[[TokenSequence], Sequence[int]]
 
-    def wanted(self, sequence: TokenSequence) -> int:
-        """How many of its rows predict answer tokens: the last ones, but for the sequence's very last."""
-        first, end = max(self.start, sequence.prompt_tokens - 1), min(self.stop, len(sequence.tokens) - 1)
-        return max(0, end - first)
-
-
-def _batches(sequences: Sequence[TokenSequence]) -> Iterator[list[_Piece]]:
-    """Sequences in order, cut so that every forward but the last has ``ROWS`` rows."""
-    batch, room = list[_Piece](), ROWS
-    for index, sequence in enumerate(sequences):
-        start = 0
-        while start < len(sequence.tokens):
-            stop = min(len(sequence.tokens), start + room)
-            batch.append(_Piece(index, start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield batch
-                batch, room = [], ROWS
-    if batch:
-        yield batch
+    def sequence(self, sequence: TokenSequence) -> TokenSequence:
+        """The same answer behind the member's own prompt."""
+        prompt = self.prompt(sequence)
+        return TokenSequence((*prompt, *sequence.answer), len(prompt))
 
 
-class _Prefill:
-    """The target over KV memory of its own, with room for what ``_batches`` has under way.
+def _members(local: LocalEngine) -> dict[int, _Member]:
+    """The target, and the members that run with it, by their indices."""
+    found = {BASE: _Member("the target", local.target, _own_prompt)}
+    mixed = None if local.steering is None else _mixture(local.steering)
+    if local.steering is not None and mixed is not None:
+        read = cache(partial(member_prompts, model=local.info))
+        for index in mixed.members:
+            member = local.steering.members[index - 1]
+            found[index] = _Member(member.name, member.loaded, partial(_prompt_of, index, read))
+    return found
 
-    Args:
-        longest: tokens of the longest sequence.
-    """
 
-    def __init__(self, local: LocalEngine, shape: MemberShape, longest: int) -> None:
-        # Of the sequences in a forward only the first can have more blocks than it has rows there.
-        blocks = -(-longest // _BLOCK_TOKENS) + ROWS
-        size = blocks * _BLOCK_TOKENS * shape.bytes_per_token
-        arena = KvArena([shape], block_size=_BLOCK_TOKENS, total_bytes=size, device=local.device)
-        self.longest = longest
-        self._runner = make_runner(local.target, shape, arena, local.pool)
-        self._blocks = KvBlocks(arena.num_blocks, prefix_caching=False)
-        self._tables: dict[int, BlockTable] = {}
-        self._dtype = shape.dtype
+def _mixture(steering: SteeringParts) -> Mixture | None:
+    return mixture(steering.pairs, {}, len(steering.members) + 1)
 
-    def reset(self) -> None:
-        """Forget sequences that an interrupted run has left."""
-        for table in self._tables.values():
-            self._blocks.release(table)
-        self._tables.clear()
 
-    def forward(self, sequences: Sequence[TokenSequence], pieces: Sequence[_Piece]) -> Tensor:
-        """Logits of the pieces' wanted rows, piece after piece, fp32 [rows, vocab]."""
-        batch = Batch()
-        for piece in pieces:
-            sequence = sequences[piece.index]
-            table = self._tables.setdefault(piece.index, BlockTable(self._runner.layout))
-            grown = self._blocks.grow([(table, piece.stop)])
-            assert grown, "more blocks in use than there can be"
-            first = len(batch.tokens)
-            batch.add(table, sequence.tokens[piece.start : piece.stop], num_wanted=0)
-            table.num_computed = piece.stop
-            end = first + min(piece.stop, len(sequence.tokens) - 1) - piece.start
-            batch.wanted.extend(range(end - piece.wanted(sequence), end))
-        return self._runner.forward(batch)
+def _own_prompt(sequence: TokenSequence) -> tuple[int, ...]:
+    return sequence.tokens[: sequence.prompt_tokens]
 
-    def take_states(self, index: int) -> Tensor:
-        """States of a sequence that is done, [tokens, hidden]; its blocks are free again."""
-        table = self._tables.pop(index)
-        states = self._runner.read_states([SequenceRows(0, table.num_computed, 0, table.blocks)])
-        self._blocks.release(table)
-        return states.to(self._dtype)
+
+def _prompt_of(
+    index: int, read: Callable[[tuple[int, ...]], Prompts], sequence: TokenSequence
+) -> tuple[int, ...]:
+    own = _own_prompt(sequence)
+    prompts = read(own)
+    return prompts[index - 1] if prompts else own
+
+
+def _combination(local: LocalEngine, indexes: Sequence[int]) -> Callable[[Sequence[Tensor]], Tensor]:
+    """What makes one of the logits of the members that run, each fp32 [rows, the member's vocabulary]."""
+    mixed = None if local.steering is None else _mixture(local.steering)
+    if local.steering is None or mixed is None:
+        return lambda members: members[0]
+    vocab, count = local.config.vocab_size, len(local.steering.members) + 1
+
+    def combined(said: Sequence[Tensor]) -> Tensor:
+        width = min(logits.shape[1] for logits in said)
+        members = [torch.zeros_like(said[0][:, :width])] * count
+        for index, logits in zip(indexes, said, strict=True):
+            members[index] = logits[:, :width]
+        rows = len(said[0])
+        weights = arithmetic.weight_rows([mixed], said[0].device).expand(rows, -1)
+        result = arithmetic.combine(members, weights)
+        arithmetic.restrict_(result, members, [mixed] * rows)
+        return pad(result, (0, vocab - width), value=-math.inf)
+
+    return combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +257,11 @@ def _columns(
     total = scaled.logsumexp(-1, keepdim=True)
     own = scaled if vocab_ids is None else scaled.index_select(1, vocab_ids)
     log_p = own - total
+    log_p.clamp_(min=_LEAST)
     if top_k is None:
         return _Columns(log_p.to(dtype), None, None)
     best = log_p.topk(top_k, dim=-1)
-    rest = log_p.scatter(1, best.indices, -math.inf).logsumexp(-1)
+    rest = log_p.scatter(1, best.indices, -math.inf).logsumexp(-1).clamp_(min=_LEAST)
     return _Columns(best.values.to(dtype), best.indices.int(), rest)
 
 

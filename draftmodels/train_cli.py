@@ -14,7 +14,10 @@ from paceline.server.config.flags import with_flags
 @with_flags(recipe_keys)
 def train_draft(
     target: Annotated[
-        str, typer.Argument(help="Model to draft for: catalog name, hf:ORG/NAME, folder or .gguf.")
+        str,
+        typer.Argument(
+            help="Model to draft for: catalog name, hf:ORG/NAME, folder, .gguf, or a configured FILE.toml[:NAME]."
+        ),
     ],
     *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],

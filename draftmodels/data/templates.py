@@ -12,20 +12,26 @@ _PROBES = ("A", "7")
 
 @dataclass(frozen=True, slots=True)
 class UserTurn:
-    """Ids that stand before and after the user's content in a conversation of one user turn, no answer begun."""
+    """Ids that stand before and after the user's content in a conversation of one user turn, no answer begun
+    unless asked for."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
 
 
-def user_turn(tokenizer: Tokenizer) -> UserTurn:
+def user_turn(tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> UserTurn:
     """The user's turn of a tokenizer's chat template, a default system prompt included.
+
+    Args:
+        add_generation_prompt: count what opens the assistant's answer to what follows the content.
 
     Raises:
         InvalidRequestError: there is no template, or it refuses a plain user message.
     """
     first, second = (
-        tokenizer.apply_chat_template([{"role": "user", "content": word}], add_generation_prompt=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": word}], add_generation_prompt=add_generation_prompt
+        )
         for word in _PROBES
     )
     return UserTurn(_common(first, second), tuple(reversed(_common(first[::-1], second[::-1]))))

@@ -25,12 +25,15 @@ class ArtifactAbout:
 
     Attributes:
         target: folder or file that the tokenizer is copied from.
+        steering: the pairs whose combination the draft was made for; none for a plain target. The draft serves any
+            model over its base, as no draft changes what comes out.
     """
 
     base: Base
     target: Path
     recipe: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    steering: Sequence[Mapping[str, Any]] = ()
 
 
 def export_draft(
@@ -50,6 +53,7 @@ def export_draft(
         recipe=about.recipe,
         provenance=about.provenance,
         measured=tuple(measured),
+        extra={"steering": list(about.steering)} if about.steering else {},
     )
     write_native_draft(
         folder,

@@ -28,6 +28,7 @@ from paceline.draftmodels.jobs.ranks import Ranks
 from paceline.draftmodels.jobs.show import shown
 from paceline.draftmodels.local_engine import LocalEngine
 from paceline.draftmodels.provenance import provenance
+from paceline.draftmodels.targets import steering_note, target_spec
 from paceline.draftmodels.teacher import Teacher
 from paceline.server.config import Machine
 from paceline.server.errors import ConfigError
@@ -70,7 +71,7 @@ def run_job(target: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
     started = time.monotonic()
     if recipe.device == "cuda" and not Machine().cuda_available:
         raise ConfigError("device: torch sees no CUDA device; use --device cpu or a torch with CUDA")
-    path = resolve(target)
+    path = resolve(target_spec(target).target)
     checkpoint = open_model(path)
     threads = recipe.threads or max(Machine().usable_cores // ranks.world, 1)
     local = LocalEngine(
@@ -143,12 +144,14 @@ class _Job:
 
     def _about(self) -> ArtifactAbout:
         base = Base(
-            id=self.target,
+            id=self.local.spec.target,
             tokenizer_sha256=self.local.tokenizer.sha256,
             vocab_size=int(self.checkpoint.hf_config["vocab_size"]),
             weights_sha256=self.checkpoint.weights_sha256(),
         )
-        return ArtifactAbout(base, self.path, self.recipe.as_dict(), provenance(seed=self.recipe.seed))
+        local, steering = self.local, self.local.steering
+        note = () if steering is None else steering_note(local.spec, local.target, steering)
+        return ArtifactAbout(base, self.path, self.recipe.as_dict(), provenance(seed=self.recipe.seed), note)
 
 
 def _export(new: NewDraft, about: ArtifactAbout, folder: Path, measured: Sequence[Mapping[str, Any]]) -> None:

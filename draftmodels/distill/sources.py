@@ -6,6 +6,7 @@ so that a resumed job trains on the same text.
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,20 @@ class SelfPrompts:
             self._local.use_draft(None)
             seed = derive_seed(self._recipe.seed, "self", index)
             written = self_prompts(
-                self._local, count, seed=seed, max_prompt_tokens=self._recipe.prompt_tokens
+                _Unsteered(self._local), count, seed=seed, max_prompt_tokens=self._recipe.prompt_tokens
             )
             self._writer.write(
                 index, [TokenSequence(prompt.tokens, len(prompt.tokens)) for prompt in written]
             )
         return [Prompt(sequence.tokens) for sequence in self._shards.read(index)]
+
+
+class _Unsteered:
+    """The target alone: what begins a prompt is no conversation that a steered model's members could read."""
+
+    def __init__(self, local: LocalEngine) -> None:
+        self.tokenizer = local.tokenizer
+        self.generate = partial(local.generate, steered=False)
 
 
 Prompts = FilePrompts | SelfPrompts

@@ -51,9 +51,15 @@ def evaluate() -> None:
 @app.command()
 def draft(
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="Model: catalog name, hf:ORG/NAME, folder or .gguf.")
+        str,
+        typer.Argument(
+            metavar="TARGET",
+            help="Model: catalog name, hf:ORG/NAME, folder, .gguf, or a configured FILE.toml[:NAME].",
+        ),
     ],
-    draft: Annotated[str, typer.Option("--draft", help="Draft model reference, or ngram.")],
+    draft: Annotated[
+        str, typer.Option("--draft", help="Draft model reference, ngram, or expert of a steered model.")
+    ],
     prompts: Annotated[
         str, typer.Option(metavar="FILE", help="JSON Lines (prompt or messages, category) or plain text.")
     ] = "built-in",
@@ -113,7 +119,7 @@ def draft(
         }
     )
     plan = Plan(config, prompts, limit, max_tokens, temperatures, seed, streams, rounds)
-    chosen = held_out.read(prompts, load_tokenizer(resolve(target)), limit)
+    chosen = held_out.read(prompts, load_tokenizer(resolve(config.models[0].target)), limit)
     if record:
         check_recordable(plan)
     if output is not None:

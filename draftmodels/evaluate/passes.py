@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from paceline.draftmodels.data.member_prompts import member_prompts
 from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate.answers import Pass
 from paceline.draftmodels.evaluate.asking import Asker, Unobserved
@@ -17,7 +18,7 @@ from paceline.draftmodels.evaluate.plan import Plan
 from paceline.draftmodels.evaluate.progress import Progress, progress
 from paceline.server.engine.build import build_engine
 from paceline.server.engine.interface import AsyncEngine, ModelInfo
-from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams, SteeringParams
 from paceline.server.errors import ConfigError
 
 
@@ -57,7 +58,7 @@ async def measure(plan: Plan, prompts: Sequence[Prompt], outcome: Outcome) -> No
 
 
 def _check_lengths(prompts: Sequence[Prompt], plan: Plan, model: ModelInfo) -> None:
-    longest = max(len(prompt.tokens) for prompt in prompts)
+    longest = max(len(own) for p in prompts for own in (p.tokens, *member_prompts(p.tokens, model)))
     if longest + plan.max_tokens > model.context_length:
         raise ConfigError(
             f"--prompts: the longest has {longest} tokens, which with --max-tokens {plan.max_tokens} exceed the "
@@ -114,4 +115,5 @@ class _Passes:
                 seed=None if seed is None else seed + index,
             ),
             SpeculationParams(enabled=speculates),
+            steering=SteeringParams(prompts=member_prompts(prompt.tokens, self._model)),
         )

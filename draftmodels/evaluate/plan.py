@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
+from paceline.draftmodels.targets import is_configured, target_spec
 from paceline.server.config import PacelineConfig, SpeculationConfig, load_config, resolve
+from paceline.server.config.schema import EXPERT_DRAFT
 from paceline.server.errors import ConfigError
 
 _HOTTEST = 2.0
@@ -57,10 +59,27 @@ def make_config(flags: Mapping[str, str | None]) -> PacelineConfig:
     Raises:
         ConfigError: a bad value, or no draft.
     """
-    config = load_config(None, os.environ, flags)
+    config = (
+        _configured(flags) if is_configured(flags["model"] or "") else load_config(None, os.environ, flags)
+    )
     if config.models[0].speculation.draft is None:
         raise ConfigError("--draft none leaves nothing to measure; name a draft model, or ngram")
     return resolve(replace(config, engine=replace(config.engine, prefix_caching=False)))
+
+
+def _configured(flags: Mapping[str, str | None]) -> PacelineConfig:
+    """A model of a configuration file, with the speculation that flags ask for in place of its own."""
+    spec = target_spec(flags["model"] or "")
+    expert = flags["draft"] == EXPERT_DRAFT
+    config = load_config(
+        None, os.environ, {**flags, "model": spec.target, "draft": "none" if expert else flags["draft"]}
+    )
+    (given,) = config.models
+    if expert and not any(pair.expert for pair in spec.steering):
+        raise ConfigError(f"--draft expert: no pair with an expert steers the model {spec.name}")
+    speculation = replace(given.speculation, draft=EXPERT_DRAFT) if expert else given.speculation
+    weights = spec.weights if given.weights == "auto" else given.weights
+    return replace(config, models=(replace(spec, weights=weights, speculation=speculation),))
 
 
 def check_sampling(temperatures: Sequence[float], seed: int | None) -> None:

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def describe(plan: Plan, prompts: Sequence[Prompt], model: ModelInfo | None) -> 
     spec, engine = plan.config.models[0], plan.config.engine
     return {
         "target": spec.target,
+        "steering": [asdict(pair) for pair in spec.steering],
         "draft": plan.draft,
         "dataset": dataset(plan.prompts),
         "split": split(plan),
@@ -50,8 +52,10 @@ def headline(setting: Mapping[str, Any]) -> list[str]:
     seed = "unseeded" if setting["seed"] is None else f"seeded from {setting['seed']}"
     loaded = setting["weights_loaded"] or {}
     formats = ", ".join(f"{who} {what}" for who, what in loaded.items())
+    steered = [pair["name"] for pair in setting["steering"]]
+    target = f"{setting['target']}{' steered by ' * bool(steered)}{', '.join(steered)}"
     return [
-        f"{setting['target']} with draft {setting['draft']}",
+        f"{target} with draft {setting['draft']}",
         f"{setting['dataset']} ({setting['split']}), {setting['n_prompts']} prompts, at most {setting['max_tokens']} "
         f"tokens each, {setting['streams']} stream(s), {seed}",
         f"{setting['max_draft_tokens']} draft tokens ({setting['policy']}), verify {setting['verify']}, "
