@@ -26,12 +26,15 @@ from paceline.server.decoding.rows import Row
 from paceline.server.decoding.sampler import probabilities, process
 from paceline.server.decoding.verify import DraftBlock, Verdict
 from paceline.server.engine.draft_proposer import DraftModelProposer
+from paceline.server.engine.engine import Engine
 from paceline.server.engine.proposers import make_row
-from paceline.server.engine.request import SamplingParams, SpeculationParams
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
 
 VOCAB, DEPTH = 6, 3
 PROMPT = (0, 1, 2, 3, 1, 2)
 SAMPLES = size(200_000)
+#: Of one request. Few, as those that have their tokens wait for the last one.
+CHOICES = 8
 PASSES, REJECTED = 1e-4, 1e-6
 
 Record = Callable[[str, object], None]
@@ -109,22 +112,32 @@ def p_value(
     requests = [
         request(
             PROMPT,
-            n=128,
+            n=CHOICES,
             max_tokens=DEPTH + 2 + length,
             speculation=wish,
             seed=number if seeded else None,
             **sampling,
         )
-        for number in range(-(-samples // 128))
+        for number in range(-(-samples // CHOICES))
     ]
-    outputs: dict[tuple[str, int], list[int]] = {}
-    submit(engine, *requests)
-    while engine.has_work:
-        for request_id, event in engine.step():
-            outputs.setdefault((request_id, event.choice), []).extend(event.token_ids)
-    drawn = np.array([tokens[1 : DEPTH + 1] for tokens in outputs.values()][:samples])
+    outputs = first_tokens(engine, requests, DEPTH + 1)
+    drawn = np.array([tokens[1:] for tokens in outputs][:samples])
     assert len(drawn) == samples
     return joint_chi_square(joint_counts(drawn, VOCAB), exact_joint(combined, sampling))
+
+
+def first_tokens(engine: Engine, requests: Sequence[Request], count: int) -> list[list[int]]:
+    """The first ``count`` tokens of every choice; requests are cancelled as soon as all of theirs are there."""
+    outputs: dict[str, list[list[int]]] = {r.id: [[] for _ in range(r.n)] for r in requests}
+    submit(engine, *requests)
+    while engine.has_work:
+        events = engine.step()
+        for request_id, event in events:
+            outputs[request_id][event.choice].extend(event.token_ids)
+        for request_id in {name for name, _ in events}:
+            if min(map(len, outputs[request_id])) >= count:
+                engine.cancel(request_id)
+    return [tokens[:count] for choices in outputs.values() for tokens in choices]
 
 
 @pytest.mark.parametrize("warping", WARPINGS)

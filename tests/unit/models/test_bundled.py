@@ -44,7 +44,8 @@ def test_a_student_takes_the_draft_of_its_parent_and_says_what_it_says_alone(
     shipped, own_cache, tiny_checkpoint, tmp_path
 ) -> None:
     student = write_tiny_student(tmp_path / "student", tiny_checkpoint("llama"), sparsity=0.2)
-    asked = [request([5, 9, 17], ignore_eos=True, **more) for more in ({}, {"temperature": 0.8, "seed": 3})]
+    seeded = request([5, 9, 17], ignore_eos=True, temperature=0.8, seed=3)
+    asked = [request([5, 9, 17], ignore_eos=True), seeded]
     recorder = Recorder()
     speculating = tiny_engine(spec(student, draft="auto"), observer=recorder)
     assert default_draft(speculating) == "tiny-draft"
