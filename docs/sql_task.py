@@ -10,6 +10,7 @@ write the same lines.
 import argparse
 import json
 import random
+import sys
 
 TABLES = {
     "employees": ("name", ["age", "salary", "office", "bonus"]),
@@ -71,7 +72,10 @@ def aggregate(rng: random.Random, table: str, key: str, columns: list[str]) -> t
     if rng.random() < 0.4:
         return f"how many {table} there are{english}", f"SELECT COUNT(*) FROM {table}{sql}"
     function, column = rng.choice(list(AGGREGATES)), rng.choice([columns[0], columns[1], columns[3]])
-    return f"the {AGGREGATES[function]} {column} of {table}{english}", f"SELECT {function}({column}) FROM {table}{sql}"
+    return (
+        f"the {AGGREGATES[function]} {column} of {table}{english}",
+        f"SELECT {function}({column}) FROM {table}{sql}",
+    )
 
 
 def group(rng: random.Random, table: str, key: str, columns: list[str]) -> tuple[str, str]:
@@ -86,7 +90,10 @@ TASKS = {"select": select, "aggregate": aggregate, "group": group}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Write the lines."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -95,7 +102,8 @@ def main() -> None:
         task = rng.choice(list(TASKS))
         table = rng.choice(list(TABLES))
         asked, query = TASKS[task](rng, table, *TABLES[table])
-        print(json.dumps({"prompt": f"Write an SQL query for {asked}.", "answer": f"{query};", "task": task}))
+        line = {"prompt": f"Write an SQL query for {asked}.", "answer": f"{query};", "task": task}
+        sys.stdout.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
