@@ -54,6 +54,7 @@ class LocalEngine:
         streams: requests that run at the same time.
         device: "auto" takes CUDA if there is one.
         context_length: None is the target's own.
+        fleeting: the target is a model in training: it is not packed for later starts.
 
     Raises:
         UserError: a model that cannot be found or loaded, or a draft that does not fit.
@@ -69,6 +70,7 @@ class LocalEngine:
         streams: int = 16,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         context_length: int | None = None,
+        fleeting: bool = False,
     ) -> None:
         speculation = SpeculationConfig(
             draft=None,
@@ -90,7 +92,7 @@ class LocalEngine:
         self._engine = config.engine
         with torch_threads(torch.get_num_threads()):  # making a loader changes it
             self._loader = make_loader(config.engine)
-            self._target = load_parts(config.models[0], self._loader)
+            self._target = load_parts(config.models[0], self._loader, fleeting=fleeting)
         self._parts = self._target
         self._wiring: Wiring | None = None
         self._alone: Wiring | None = None

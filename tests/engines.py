@@ -11,12 +11,14 @@ import torch
 
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig, SpeculationConfig
 from paceline.server.decoding.lenience import LenienceForm
+from paceline.server.decoding.mixture import Pair
 from paceline.server.decoding.policy import FixedPolicy, Policy
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.build import build_native
 from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
+from paceline.server.engine.expert_proposer import ExpertProposer
 from paceline.server.engine.interface import ModelInfo, RequestStats, StepStats
 from paceline.server.engine.kv_blocks import KvBlocks, MemberLayout
 from paceline.server.engine.proposers import NgramProposer, Proposer
@@ -24,6 +26,7 @@ from paceline.server.engine.request import Request, SamplingParams, SpeculationP
 from paceline.server.engine.runner import spread
 from paceline.server.engine.scheduler import Scheduler
 from paceline.server.engine.served import ServedModel
+from paceline.server.engine.steering import Member, Steering
 from paceline.server.models.attention import SequenceRows
 
 _ids = itertools.count()
@@ -232,9 +235,11 @@ def table_engine(
     lenience_form: LenienceForm = "exp",
     observer: Recorder | None = None,
     examiner: Examiner | None = None,
+    steering: tuple[np.ndarray, np.ndarray, float] | None = None,
 ) -> Engine:
     """An engine over table models; ``draft`` None means n-gram proposals only, ``draft_ids`` restricts the draft,
-    ``reads_states`` makes it one that reads the target's."""
+    ``reads_states`` makes it one that reads the target's, ``steering`` steers by (expert, anti-expert, alpha): the
+    expert then drafts, too."""
     vocab, kind = target.shape[-1], FeatureTableRunner if reads_states else TableRunner
     runner = kind("target", target, num_blocks=num_blocks)
     proposers: dict[str, Proposer] = {"ngram": NgramProposer()}
@@ -246,6 +251,15 @@ def table_engine(
             max_batch_tokens=4096,
             target=runner if isinstance(runner, FeatureTableRunner) else None,
         )
+    steered = None
+    if steering is not None:
+        expert, anti_expert, alpha = steering
+        members = [
+            Member(name, TableRunner(name, table, num_blocks=num_blocks), 256)
+            for name, table in (("expert", expert), ("anti-expert", anti_expert))
+        ]
+        steered = Steering([Pair("p", "proxy", 1, 2, alpha, (0.0, 4.0))], members, vocab_size=vocab)
+        proposers = {"expert": ExpertProposer(members[0].runner, 1, vocab_size=vocab), **proposers}
     info = ModelInfo(
         "m",
         0,
@@ -257,7 +271,9 @@ def table_engine(
         max_draft_tokens,
         min_lenience,
     )
-    served = {"m": ServedModel(info, runner, proposers, policy or FixedPolicy(), rule, lenience_form)}
+    served = {
+        "m": ServedModel(info, runner, proposers, policy or FixedPolicy(), rule, lenience_form, steered)
+    }
     blocks = KvBlocks(num_blocks)
     scheduler = Scheduler(served, blocks, max_batch_tokens=4096, max_running=512)
     return Engine(served, blocks, scheduler, observer or Recorder(), seed=seed, examiner=examiner)

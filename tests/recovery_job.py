@@ -17,19 +17,20 @@ import torch
 from distill_job import Shown
 
 from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.finetune.arithmetic import DTYPES
+from paceline.draftmodels.finetune.decoder import Decoder, make_frozen, make_trained
+from paceline.draftmodels.finetune.trainer import Parts, Trainer
 from paceline.draftmodels.jobs.checkpoint import load_checkpoint
 from paceline.draftmodels.jobs.ranks import ONE_RANK, Ranks
-from paceline.draftmodels.sparse_finetune.decoder import Decoder, make_student, make_teacher
 from paceline.draftmodels.sparse_finetune.held_out import HeldOut
 from paceline.draftmodels.sparse_finetune.masks import FixedMasks
 from paceline.draftmodels.sparse_finetune.opening import open_student
 from paceline.draftmodels.sparse_finetune.recipe import Recipe
-from paceline.draftmodels.sparse_finetune.trainer import Parts, RecoveryState, Trainer
+from paceline.draftmodels.sparse_finetune.recovery import Recovery, RecoveryState
 from paceline.server.models.checkpoint import open_checkpoint
 from paceline.server.models.config import parse_model_config
 
 CPU = torch.device("cpu")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def small_recipe(**changes: Any) -> Recipe:
@@ -59,7 +60,7 @@ def text(count: int = 12, seed: int = 0) -> list[TokenSequence]:
 def opened_models(student: Path, parent: Path, recipe: Recipe) -> tuple[Decoder, Decoder, FixedMasks]:
     """(student, teacher, masks)."""
     opened = open_student(str(student))
-    model = make_student(
+    model = make_trained(
         opened.checkpoint,
         opened.config,
         CPU,
@@ -68,7 +69,7 @@ def opened_models(student: Path, parent: Path, recipe: Recipe) -> tuple[Decoder,
     )
     checkpoint = open_checkpoint(parent)
     config = parse_model_config(checkpoint.hf_config)
-    teacher = make_teacher(checkpoint, config, CPU, DTYPES[recipe.dtype or "fp32"])
+    teacher = make_frozen(checkpoint, config, CPU, DTYPES[recipe.dtype or "fp32"])
     return model, teacher, FixedMasks({n: model.get_parameter(n) for n in opened.kept}, opened.kept)
 
 
@@ -86,24 +87,22 @@ def make_trainer(
     ranks: Ranks = ONE_RANK,
     held_out: Any = None,
     export: Any = _make_folder,
-) -> tuple[Trainer, Parts]:
+) -> tuple[Trainer[RecoveryState], Recovery]:
     model, teacher, masks = opened_models(student, parent, recipe)
     dtype = DTYPES[recipe.dtype or "fp32"]
     measure = partial(HeldOut, text(3, seed=9), teacher, rows=40, dtype=dtype, answers_only=True)
+    method = Recovery(recipe, model, teacher, masks, held_out or measure(), dtype=dtype, ranks=ranks)
     parts = Parts(
-        student=model,
-        teacher=teacher,
-        masks=masks,
         sequences=text(),
-        held_out=held_out or measure(),
+        budget=recipe.budget,
         progress=shown or Shown(),
         export=export,
-        dtype=dtype,
         threads=1,
         ranks=ranks,
     )
     run.mkdir(parents=True, exist_ok=True)
-    return Trainer(recipe, run, parts, load_checkpoint(run, RecoveryState)), parts
+    loaded = load_checkpoint(run, RecoveryState)
+    return Trainer(recipe, method, run, parts, RecoveryState(), loaded), method
 
 
 def main(student: str, parent: str, run: str, recipe: str, kill_after: str = "0") -> None:

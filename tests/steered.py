@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from engines import spec
 from transformers import AutoModelForCausalLM
 
 from paceline.server.config.schema import ModelSpec, SteeringConfig
-from tests.engines import spec
 
 #: Each mode as the paper has it, over the logits of base, expert and anti-expert.
 FORMULAS = {

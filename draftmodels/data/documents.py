@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.draftmodels.data.prompts import lines_of, parse_object, parse_prompt
+from paceline.draftmodels.data.prompts import Template, lines_of, parse_object, parse_prompt
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.errors import DataError
@@ -69,7 +69,7 @@ def sequences_of(documents: Sequence[Document]) -> list[TokenSequence]:
 
 def _parsed(entry: Mapping[str, Any], tokenizer: Tokenizer, longest: int, where: str) -> Document:
     if "text" not in entry:
-        return _conversation(entry, tokenizer, longest, where)
+        return conversation(entry, tokenizer, longest, where)
     text = entry["text"]
     if any(key in entry for key in ("prompt", "messages")):
         raise DataError(f"{where}: has both text and a prompt; keep one")
@@ -78,8 +78,19 @@ def _parsed(entry: Mapping[str, Any], tokenizer: Tokenizer, longest: int, where:
     return _text(text, tokenizer, longest)
 
 
-def _conversation(entry: Mapping[str, Any], tokenizer: Tokenizer, longest: int, where: str) -> Document:
-    prompt = parse_prompt(entry, tokenizer, where)
+def conversation(
+    entry: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    longest: int,
+    where: str,
+    template: Template = "auto",
+) -> Document:
+    """A prompt with its answer, which is cut short; no sequences where the prompt leaves no room for one.
+
+    Raises:
+        DataError: see ``parse_prompt``; or there is no answer.
+    """
+    prompt = parse_prompt(entry, tokenizer, where, template)
     if not prompt.answer:
         raise DataError(f"{where}: has no answer to learn from; give one, or text instead of a prompt")
     if len(prompt.tokens) >= longest:

@@ -3,14 +3,14 @@
 A ``.jsonl`` file has one JSON object per line with ``prompt`` (a text) or ``messages`` (a conversation), and optionally
 ``answer`` or ``completion`` (a text), which a conversation may also end with, and ``category``; other keys are let be.
 Every other file is plain text, one prompt per line. Empty lines count for nothing. A ``prompt`` is a user's message
-where the target has a chat template, and the text itself where it has none.
+where the target has a chat template, and the text itself where it has none; ``Template`` overrides that.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from paceline.draftmodels.data.seeds import derive_seed
 from paceline.draftmodels.data.sequences import TokenSequence
@@ -21,6 +21,8 @@ from paceline.server.errors import DataError, InvalidRequestError
 #: Category of prompts that name none.
 NO_CATEGORY = "all"
 _ANSWERS = ("answer", "completion")
+#: How a ``prompt`` becomes ids: a user's message, the text itself, or the first where there is a chat template.
+Template = Literal["auto", "chat", "plain"]
 
 
 class Tokenized(Protocol):
@@ -140,8 +142,13 @@ def parse_object(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
-def parse_prompt(entry: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> Prompt:
+def parse_prompt(
+    entry: Mapping[str, Any], tokenizer: Tokenizer, where: str, template: Template = "auto"
+) -> Prompt:
     """A prompt, with its answer if there is one, from an object with the keys that the module's text names.
+
+    Args:
+        template: "chat" needs a tokenizer that has one.
 
     Raises:
         DataError: keys that are missing, contradict each other or hold something else.
@@ -150,8 +157,10 @@ def parse_prompt(entry: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> 
         raise DataError(f"{where}: must have either prompt or messages")
     answer = _answer(entry, where)
     if "prompt" in entry:
-        tokens = _encoded(_text(entry, "prompt", where), tokenizer)
+        tokens = _encoded(_text(entry, "prompt", where), tokenizer, template)
     else:
+        if template == "plain":
+            raise DataError(f"{where}: messages need the chat template, but the template is to be plain")
         messages, last = _conversation(entry["messages"], where)
         if last is not None and answer is not None:
             raise DataError(
@@ -161,8 +170,8 @@ def parse_prompt(entry: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> 
     return Prompt(tokens, _ended(answer, tokenizer), _category(entry, where))
 
 
-def _encoded(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if tokenizer.has_chat_template:
+def _encoded(text: str, tokenizer: Tokenizer, template: Template = "auto") -> tuple[int, ...]:
+    if tokenizer.has_chat_template and template != "plain":
         return tuple(tokenizer.apply_chat_template([{"role": "user", "content": text}]))
     return tuple(tokenizer.encode(text))
 

@@ -28,13 +28,13 @@ class RecipeKind(Generic[R]):
 
     Attributes:
         table: the dataclass, all of whose fields are made with ``key_field``.
-        packaged: folder of the recipes that come along.
+        packaged: folder of the recipes that come along, if any do.
         check: raises ConfigError for keys that contradict each other or would have no effect.
         changeable: keys that a resumed job may have otherwise than before.
     """
 
     table: type[R]
-    packaged: Traversable
+    packaged: Traversable | None
     check: Callable[[R, Places], None]
     changeable: tuple[str, ...]
 
@@ -44,7 +44,7 @@ class RecipeKind(Generic[R]):
 
     def names(self) -> list[str]:
         """Names that ``--recipe`` knows beside files."""
-        found = (entry.name for entry in self.packaged.iterdir())
+        found = [entry.name for entry in self.packaged.iterdir()] if self.packaged is not None else []
         return sorted(name.removesuffix(".toml") for name in found if name.endswith(".toml"))
 
     def load(self, path: str | None, flags: Mapping[str, object]) -> R:
@@ -95,14 +95,14 @@ class RecipeKind(Generic[R]):
         return recipe
 
     def _read(self, path: str) -> dict[str, Any]:
-        packaged = self.packaged.joinpath(f"{path}.toml") if "/" not in path and "." not in path else None
+        is_name = "/" not in path and "." not in path
+        packaged = self.packaged.joinpath(f"{path}.toml") if self.packaged is not None and is_name else None
         try:
             source = packaged if packaged is not None and packaged.is_file() else Path(path)
             return tomllib.loads(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(
-                f"--recipe: there is no file {path}; packaged are: {', '.join(self.names())}"
-            ) from None
+            known = f"; packaged are: {', '.join(self.names())}" if self.names() else ""
+            raise ConfigError(f"--recipe: there is no file {path}{known}") from None
         except OSError as error:
             raise ConfigError(f"--recipe: {path} cannot be read: {error.strerror}") from None
         except ValueError as error:

@@ -26,6 +26,7 @@ from paceline.server.models.config import EMBEDDING, ModelConfig, parse_model_co
 from paceline.server.models.native_form import NativeCheckpoint, open_model
 from paceline.server.models.quality import Quality
 from paceline.server.models.sources import resolve
+from paceline.server.models.student import KL, PARENT_PERPLEXITY, PERPLEXITY, TOP1
 from paceline.server.models.tensors import CheckedTensors
 from paceline.server.models.tokenizer import load_tokenizer
 
@@ -145,8 +146,8 @@ def measured_figures(quality: Quality, texts: Texts) -> dict[str, Any]:
         "split": "held out",
         "sequences": len(texts.held_out),
         "n_tokens": quality.positions,
-        "perplexity": quality.perplexity,
-        "dense_perplexity": quality.reference_perplexity,
-        "kl_nats": quality.kl_nats,
-        "top1_agreement": quality.top1_agreement,
+        PERPLEXITY: quality.perplexity,
+        PARENT_PERPLEXITY: quality.reference_perplexity,
+        KL: quality.kl_nats,
+        TOP1: quality.top1_agreement,
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from paceline.draftmodels.artifact import write_student
-from paceline.draftmodels.sparse_finetune.decoder import Decoder
+from paceline.draftmodels.finetune.decoder import Decoder
 from paceline.kernels.cpu.int8 import quantize_rows
 from paceline.kernels.formats import Pattern, SparseWeight
 from paceline.server.models.config import EMBEDDING, HEAD

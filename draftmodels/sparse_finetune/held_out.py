@@ -3,7 +3,6 @@
 Over the same tokens that CE learns, in the arithmetic of training. The teacher runs once; its last states are kept.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paceline.draftmodels.data.sequences import TokenSequence
-from paceline.draftmodels.sparse_finetune.batch import Batch, grouped, make_batch
-from paceline.draftmodels.sparse_finetune.decoder import Decoder
-from paceline.draftmodels.sparse_finetune.objective import CHUNK_ROWS
+from paceline.draftmodels.finetune.batch import grouped, make_batch
+from paceline.draftmodels.finetune.decoder import Decoder
+from paceline.draftmodels.finetune.held_out import chunks, learnt_states, perplexity
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +63,14 @@ class HeldOut:
     def measure(self, student: Decoder) -> Quality:
         """Run the student over everything."""
         if self._teacher_states is None:
-            self._teacher_states = [self._learnt_states(self._teacher, batch) for batch in self._batches]
+            self._teacher_states = [
+                learnt_states(self._teacher, batch, self._dtype) for batch in self._batches
+            ]
         heads = student.head.to(self._dtype), self._teacher.head.to(self._dtype)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch, theirs in zip(self._batches, self._teacher_states, strict=True):
-            ours = self._learnt_states(student, batch)
-            for start in range(0, len(ours), CHUNK_ROWS):
-                part = slice(start, start + CHUNK_ROWS)
+            ours = learnt_states(student, batch, self._dtype)
+            for part in chunks(len(ours)):
                 log_q, log_p = (
                     F.linear(states[part].to(self._dtype), head).float().log_softmax(-1)
                     for states, head in zip((ours, theirs), heads, strict=True)
@@ -78,17 +78,7 @@ class HeldOut:
                 sums += _compared(log_p, log_q, batch.labels[part]).cpu()
         count = sum(len(batch.labels) for batch in self._batches)
         ce, teacher_ce, kl, same = (sums / max(count, 1)).tolist()
-        return Quality(_exp(ce), _exp(teacher_ce), kl, same, count)
-
-    def _learnt_states(self, model: Decoder, batch: Batch) -> Tensor:
-        with torch.autocast(model.head.device.type, self._dtype, enabled=self._dtype is not torch.float32):
-            states: Tensor = model(batch)[-1][batch.learnt]
-        return states
-
-
-def _exp(nats: float) -> float:
-    """Finite also for a student that is broken beyond measure."""
-    return math.exp(min(nats, 700.0))
+        return Quality(perplexity(ce), perplexity(teacher_ce), kl, same, count)
 
 
 def _compared(log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:

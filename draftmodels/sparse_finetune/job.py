@@ -1,7 +1,7 @@
 """A recovery job with everything real: opens student, teacher and text, and runs the trainer over them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,24 +13,26 @@ from torch import Tensor
 from paceline.draftmodels.data.documents import read_documents, sequences_of
 from paceline.draftmodels.data.prompts import split_held_out
 from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.finetune.arithmetic import DTYPES
+from paceline.draftmodels.finetune.decoder import Decoder, make_frozen, make_trained
+from paceline.draftmodels.finetune.trainer import Parts, Trainer
 from paceline.draftmodels.jobs.checkpoint import load_checkpoint
 from paceline.draftmodels.jobs.ranks import Ranks
 from paceline.draftmodels.jobs.show import shown
 from paceline.draftmodels.provenance import provenance
-from paceline.draftmodels.sparse_finetune.decoder import Decoder, make_student, make_teacher
 from paceline.draftmodels.sparse_finetune.export import StudentAbout, export_student
 from paceline.draftmodels.sparse_finetune.held_out import HeldOut
 from paceline.draftmodels.sparse_finetune.masks import FixedMasks
 from paceline.draftmodels.sparse_finetune.opening import OpenedStudent, open_student, open_teacher
 from paceline.draftmodels.sparse_finetune.recipe import Recipe
+from paceline.draftmodels.sparse_finetune.recovery import Recovery, RecoveryState
 from paceline.draftmodels.sparse_finetune.report import write_report
-from paceline.draftmodels.sparse_finetune.trainer import Parts, RecoveryState, Trainer
 from paceline.server.config import Machine
 from paceline.server.errors import ConfigError
-from paceline.server.models.config import EMBEDDING, HEAD
+from paceline.server.models.checkpoint import Checkpoint
+from paceline.server.models.config import EMBEDDING, HEAD, ModelConfig
+from paceline.server.models.student import KL, PARENT_PERPLEXITY
 from paceline.server.models.tokenizer import load_tokenizer
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -56,26 +58,26 @@ def run_job(student: str, recipe: Recipe, run: Path, ranks: Ranks) -> Outcome:
     opened = open_student(student)
     about = _about(opened, recipe)
     sequences, held_out = _text(opened, recipe)
-    model, teacher, masks = _models(opened, recipe)
-    dtype = _DTYPES[recipe.dtype or "fp32"]
+    taught_by = open_teacher(opened, recipe.teacher)
+    model, teacher, masks = _models(opened, taught_by, recipe)
+    by_parent = taught_by[0].weights_sha256() == opened.checkpoint.manifest.base.weights_sha256
+    dtype = DTYPES[recipe.dtype or "fp32"]
     measure = HeldOut(
         held_out, teacher, rows=recipe.batch_tokens, dtype=dtype, answers_only=recipe.learn == "answers"
     )
+    method = Recovery(recipe, model, teacher, masks, measure, dtype=dtype, ranks=ranks)
     with shown(_described, main=ranks.is_main) as progress:
         parts = Parts(
-            student=model,
-            teacher=teacher,
-            masks=masks,
             sequences=sequences,
-            held_out=measure,
+            budget=recipe.budget,
             progress=progress,
-            export=partial(_export, model, opened.kept, about, _dataset(recipe)),
-            dtype=dtype,
+            export=partial(_export, model, opened.kept, about, partial(_declared, recipe, by_parent)),
             threads=recipe.threads or max(Machine().usable_cores // ranks.world, 1),
             ranks=ranks,
             started=started,
         )
-        state = Trainer(recipe, run, parts, load_checkpoint(run, RecoveryState)).train()
+        loaded = load_checkpoint(run, RecoveryState)
+        state = Trainer(recipe, method, run, parts, RecoveryState(), loaded).train()
     if ranks.is_main:
         write_report(run, {"recipe": about.recipe, "provenance": about.provenance, "student": student})
     return Outcome(run, run / "best", state)
@@ -92,10 +94,11 @@ def _text(opened: OpenedStudent, recipe: Recipe) -> tuple[list[TokenSequence], l
     return sequences_of(training), sequences_of(held_out)
 
 
-def _models(opened: OpenedStudent, recipe: Recipe) -> tuple[Decoder, Decoder, FixedMasks]:
-    device, dtype = torch.device(recipe.device), _DTYPES[recipe.dtype or "fp32"]
-    teacher, teacher_config = open_teacher(opened, recipe.teacher)
-    student = make_student(
+def _models(
+    opened: OpenedStudent, taught_by: tuple[Checkpoint, ModelConfig], recipe: Recipe
+) -> tuple[Decoder, Decoder, FixedMasks]:
+    device, dtype = torch.device(recipe.device), DTYPES[recipe.dtype or "fp32"]
+    student = make_trained(
         opened.checkpoint,
         opened.config,
         device,
@@ -106,7 +109,7 @@ def _models(opened: OpenedStudent, recipe: Recipe) -> tuple[Decoder, Decoder, Fi
         {name: student.get_parameter(name) for name in opened.kept},
         {name: mask.to(device) for name, mask in opened.kept.items()},
     )
-    return student, make_teacher(teacher, teacher_config, device, dtype), masks
+    return student, make_frozen(*taught_by, device, dtype), masks
 
 
 def _about(opened: OpenedStudent, recipe: Recipe) -> StudentAbout:
@@ -124,20 +127,22 @@ def _about(opened: OpenedStudent, recipe: Recipe) -> StudentAbout:
     )
 
 
-def _dataset(recipe: Recipe) -> str:
-    return Path(recipe.data or "").name
+def _declared(recipe: Recipe, by_parent: bool, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the manifest's ``measured``: losses against the parent by the names that its server looks for."""
+    names = {"kl": KL, "teacher_perplexity": PARENT_PERPLEXITY} if by_parent else {}
+    own = {names.get(name, name): value for name, value in figures.items()}
+    return {"dataset": Path(recipe.data or "").name, "split": "held out", **own}
 
 
 def _export(
     student: Decoder,
     kept: Mapping[str, Tensor],
     about: StudentAbout,
-    dataset: str,
+    declared: Callable[[Mapping[str, Any]], dict[str, Any]],
     folder: Path,
     measured: Sequence[Mapping[str, Any]],
 ) -> None:
-    where = {"dataset": dataset, "split": "held out"}
-    export_student(folder, student, kept, about, [{**where, **figures} for figures in measured])
+    export_student(folder, student, kept, about, [declared(figures) for figures in measured])
 
 
 def _described(state: RecoveryState, figures: Mapping[str, Any]) -> str:

@@ -4,12 +4,13 @@ Also the rounding to int8 that the export will do, to look at a student (or trai
 packed form of checkpoints, which holds no pruned weights. Knows nothing of losses.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from paceline.draftmodels.finetune.arithmetic import replaced
 from paceline.kernels.cpu.int8 import quantize_rows
 from paceline.server.errors import ArtifactError
 
@@ -40,21 +41,13 @@ class FixedMasks:
         for name, parameter in self._parameters.items():
             parameter.mul_(self._factors[name])
 
-    @contextmanager
-    def rounded(self) -> Iterator[None]:
+    def rounded(self) -> AbstractContextManager[None]:
         """The weights as int8 would hold them inside, as they were afterwards.
 
-        A gradient that is made inside is one on the rounded weight and is left on the exact one: straight through the
-        rounding (2013: arXiv:1308.3432). Nothing is clipped, as scales follow the rows' maxima.
+        Gradients go straight through the rounding (2013: arXiv:1308.3432). Nothing is clipped, as scales follow the
+        rows' maxima.
         """
-        exact = {name: parameter.data for name, parameter in self._parameters.items()}
-        for parameter in self._parameters.values():
-            parameter.data = rounded_rows(parameter.data)
-        try:
-            yield
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = exact[name]
+        return replaced(self._parameters, rounded_rows)
 
     def packed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters and moments (``NAME`` and ``NAME@KIND``) without what is pruned: kept values, [kept]."""

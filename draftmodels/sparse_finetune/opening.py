@@ -1,14 +1,11 @@
-"""Opening what a recovery job starts from, and refusing what does not belong together: student, teacher, arithmetic."""
+"""Opening what a recovery job starts from, and refusing what does not belong together: student, teacher."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
-import torch
 from torch import Tensor
 
 from paceline.kernels.formats import Pattern
-from paceline.server.config import Machine
 from paceline.server.errors import ArtifactError, ConfigError, ModelNotFoundError
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import ModelConfig, parse_model_config
@@ -16,7 +13,6 @@ from paceline.server.models.native_form import NativeCheckpoint, is_native_form,
 from paceline.server.models.sources import resolve
 from paceline.server.models.tokenizer import load_tokenizer
 
-Dtype = Literal["fp32", "bf16"]
 #: What may differ between a student and its teacher: how long a context they were made for.
 _MAY_DIFFER = frozenset({"context_length"})
 
@@ -90,20 +86,6 @@ def open_teacher(student: OpenedStudent, reference: str | None) -> tuple[Checkpo
     _check_same_shape(student.config, config, name)
     _check_tokenizers(student.checkpoint.path, path, name)
     return teacher, config
-
-
-def arithmetic(dtype: Dtype | None, device: str) -> Dtype:
-    """ "fp32" or "bf16": as asked, or the faster one of this machine.
-
-    Raises:
-        ConfigError: a device that is not there.
-    """
-    if device == "cuda" and not Machine().cuda_available:
-        raise ConfigError("device: torch sees no CUDA device; use --device cpu or a torch with CUDA")
-    if dtype is not None:
-        return dtype
-    multiplies_bf16 = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if multiplies_bf16 else "fp32"
 
 
 def _check_same_shape(ours: ModelConfig, theirs: ModelConfig, name: str) -> None:

@@ -248,8 +248,8 @@ def _keep_leading_(scores: Tensor, measure: Tensor, wanted_of: Callable[[Tensor]
     mass = mass.scatter_add_(1, bins, measure.double()).cumsum_(dim=1)
     wanted = wanted_of(mass[:, -1:])
     # Rounding may leave even the whole vocabulary short of the goal: the last bin then is the one.
-    last = (mass < wanted).sum(dim=1, keepdim=True).clamp_(max=_BINS - 1)
-    before = pad(mass, (1, 0)).gather(1, last)
+    last = torch.searchsorted(mass, wanted).clamp_(max=_BINS - 1)
+    before = mass.gather(1, (last - 1).clamp_(min=0)).masked_fill_(last == 0, 0)
     row_ids, token_ids = (bins == last).nonzero(as_tuple=True)
     at = row_ids, token_ids
     dropped = _surplus(at, scores[at], measure[at], wanted - before)

@@ -20,7 +20,7 @@ from paceline.server.engine.steering_parts import SteeringParts, load_steering
 from paceline.server.errors import ConfigError
 from paceline.server.models.bundled import bundled_draft
 from paceline.server.models.loader import LoadedModel, ModelLoader, kernels_wanted
-from paceline.server.models.manifest import check_tokenizer, read_manifest
+from paceline.server.models.manifest import Manifest, check_tokenizer, read_manifest
 from paceline.server.models.sources import resolve
 from paceline.server.models.student import declaration, is_student
 from paceline.server.models.tokenizer import HfTokenizer, load_tokenizer, same_tokenizer_files
@@ -98,15 +98,21 @@ def make_loader(engine: EngineConfig) -> ModelLoader:
     return ModelLoader(torch.device(engine.device), pool)
 
 
-def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
+def load_parts(spec: ModelSpec, loader: ModelLoader, *, fleeting: bool = False) -> Parts:
     """Load what a served model consists of.
+
+    Args:
+        fleeting: of the target, see ``ModelLoader.load``.
 
     Raises:
         UserError: a model that cannot be found or loaded, or a draft that does not fit.
     """
     path = resolve(spec.target)
     tokenizer = _timed(f"tokenizer of {spec.name}", lambda: load_tokenizer(path))
-    target = _timed(f"weights of {spec.name} ({spec.weights})", lambda: loader.load(path, spec.weights))
+    target = _timed(
+        f"weights of {spec.name} ({spec.weights})",
+        lambda: loader.load(path, spec.weights, fleeting=fleeting),
+    )
     if target.config.head_rows != target.config.vocab_size:
         raise ConfigError(
             f"{path} knows {target.config.head_rows} of {target.config.vocab_size} ids, so that it can only draft: "
@@ -122,15 +128,23 @@ def load_parts(spec: ModelSpec, loader: ModelLoader) -> Parts:
     steering = load_steering(spec, target, tokenizer, loader)
     speculation = spec.speculation
     if speculation.draft == AUTO_DRAFT:
-        speculation = replace(speculation, draft=_auto_draft(spec, target))
+        speculation = replace(speculation, draft=_auto_draft(spec, target, manifest))
     spec = replace(spec, speculation=speculation)
     return Parts(spec, tokenizer, target, load_draft(spec, target, tokenizer, loader), steering)
 
 
-def _auto_draft(spec: ModelSpec, target: LoadedModel) -> str | None:
+def _auto_draft(spec: ModelSpec, target: LoadedModel, manifest: Manifest | None) -> str | None:
     """The draft that comes with Paceline for the target; for a steered one without it, the expert."""
     expert = EXPERT_DRAFT if any(pair.expert is not None for pair in spec.steering) else None
-    return bundled_draft(target.weights_sha256) or expert
+    return _bundled_for(target, manifest) or expert
+
+
+def _bundled_for(target: LoadedModel, manifest: Manifest | None) -> str | None:
+    """The draft that comes with Paceline for a target; a student that has none takes its parent's."""
+    own = bundled_draft(target.weights_sha256)
+    if own is None and manifest is not None and is_student(manifest):
+        return bundled_draft(manifest.base.weights_sha256)
+    return own
 
 
 def load_draft(

@@ -113,6 +113,7 @@ class Steering:
             for i in self._running(request)
         )
 
+    @torch.inference_mode()
     def forward(self, target: Runner, batch: Batch, rows: SequenceOf[InFlight]) -> Tensor:
         """Run the target and all members over a step's rows, and combine what they say.
 
@@ -145,7 +146,6 @@ class Steering:
         )
         return logits
 
-    @torch.inference_mode()
     def _combine_(
         self, logits: Tensor, target: Runner, rows: SequenceOf[InFlight], spoken: Mapping[MemberTrack, Tensor]
     ) -> None:

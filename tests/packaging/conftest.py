@@ -56,7 +56,8 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> InstalledWheel:
         elif source.exists():
             shutil.copy(source, tree / name)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work), str(tree)]
-    _run(build)
+    # Nothing here runs the kernels: a compiler that does not optimise is done in a third of the time.
+    _run(build, PACELINE_NATIVE_FLAGS="-O0")
     (wheel,) = work.glob("*.whl")
     _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)])
     return InstalledWheel(wheel, site)
@@ -81,6 +82,6 @@ def command_help(installed_wheel: InstalledWheel) -> Callable[[str], str]:
     return help_of
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(command: list[str], **environment: str) -> None:
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"

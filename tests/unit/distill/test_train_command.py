@@ -113,7 +113,7 @@ def test_another_job_cannot_be_resumed(
     run = tmp_path / "run"
     assert console.main(arguments(tiny_checkpoint(), prompts, run, "--max-steps", "2")) == 0
     for changed, words in (
-        (["train-draft", "other", "-o", str(run), "--resume"], "was started for"),
+        (["train-draft", "other", "-o", str(run), "--resume"], "was started with"),
         (
             ["train-draft", str(tiny_checkpoint()), "-o", str(run), "--resume", "--lr", "0.5"],
             "--lr: the run was",

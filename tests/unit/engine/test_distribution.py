@@ -17,19 +17,24 @@ from campaign import size
 from engines import Recorder, request, run, submit, table_engine
 from statistics_helpers import Floats, joint_chi_square, joint_counts, joint_probabilities
 
+import paceline.server.decoding.arithmetic as arithmetic_module
 import paceline.server.decoding.verify as verify_module
 import paceline.server.engine.draft_proposer as draft_module
 import paceline.server.engine.engine as engine_module
+import paceline.server.engine.steering as steering_module
 from paceline.server.decoding.rows import Row
 from paceline.server.decoding.sampler import probabilities, process
 from paceline.server.decoding.verify import DraftBlock, Verdict
 from paceline.server.engine.draft_proposer import DraftModelProposer
+from paceline.server.engine.engine import Engine
 from paceline.server.engine.proposers import make_row
-from paceline.server.engine.request import SamplingParams, SpeculationParams
+from paceline.server.engine.request import Request, SamplingParams, SpeculationParams
 
 VOCAB, DEPTH = 6, 3
 PROMPT = (0, 1, 2, 3, 1, 2)
 SAMPLES = size(200_000)
+#: Of one request. Few, as those that have their tokens wait for the last one.
+CHOICES = 8
 PASSES, REJECTED = 1e-4, 1e-6
 
 Record = Callable[[str, object], None]
@@ -52,6 +57,13 @@ def tables(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     target = rng.normal(size=(VOCAB, VOCAB, VOCAB)) * 1.3
     return target, target + rng.normal(size=target.shape) * 0.9
+
+
+def steering_tables() -> tuple[np.ndarray, np.ndarray]:
+    """Logits of an expert and an anti-expert."""
+    rng = np.random.default_rng(9)
+    anti_expert = rng.normal(size=(VOCAB, VOCAB, VOCAB))
+    return anti_expert + rng.normal(size=anti_expert.shape) * 0.8, anti_expert
 
 
 def exact_joint(target: np.ndarray, sampling: dict[str, Any]) -> Floats:
@@ -78,8 +90,11 @@ def p_value(
     seeded: bool = False,
     draft_ids: Sequence[int] | None = None,
     reads_states: bool = False,
+    alpha: float | None = None,
+    min_lenience: float = 1.0,
 ) -> float:
     target, draft_table = tables()
+    expert, anti_expert = steering_tables()
     sampling: dict[str, Any] = {"temperature": 1.0, **WARPINGS[warping]}
     engine = table_engine(
         target,
@@ -89,27 +104,40 @@ def p_value(
         seed=length,
         draft_ids=draft_ids,
         reads_states=reads_states,
+        min_lenience=min_lenience,
+        steering=None if alpha is None else (expert, anti_expert, alpha),
     )
-    wish = SpeculationParams(draft=draft)
+    combined = target if alpha is None else target + alpha * (expert - anti_expert)
+    wish = SpeculationParams(draft=draft, lenience=1.0)
     requests = [
         request(
             PROMPT,
-            n=128,
+            n=CHOICES,
             max_tokens=DEPTH + 2 + length,
             speculation=wish,
             seed=number if seeded else None,
             **sampling,
         )
-        for number in range(-(-samples // 128))
+        for number in range(-(-samples // CHOICES))
     ]
-    outputs: dict[tuple[str, int], list[int]] = {}
+    outputs = first_tokens(engine, requests, DEPTH + 1)
+    drawn = np.array([tokens[1:] for tokens in outputs][:samples])
+    assert len(drawn) == samples
+    return joint_chi_square(joint_counts(drawn, VOCAB), exact_joint(combined, sampling))
+
+
+def first_tokens(engine: Engine, requests: Sequence[Request], count: int) -> list[list[int]]:
+    """The first ``count`` tokens of every choice; requests are cancelled as soon as all of theirs are there."""
+    outputs: dict[str, list[list[int]]] = {r.id: [[] for _ in range(r.n)] for r in requests}
     submit(engine, *requests)
     while engine.has_work:
-        for request_id, event in engine.step():
-            outputs.setdefault((request_id, event.choice), []).extend(event.token_ids)
-    drawn = np.array([tokens[1 : DEPTH + 1] for tokens in outputs.values()][:samples])
-    assert len(drawn) == samples
-    return joint_chi_square(joint_counts(drawn, VOCAB), exact_joint(target, sampling))
+        events = engine.step()
+        for request_id, event in events:
+            outputs[request_id][event.choice].extend(event.token_ids)
+        for request_id in {name for name, _ in events}:
+            if min(map(len, outputs[request_id])) >= count:
+                engine.cancel(request_id)
+    return [tokens[:count] for choices in outputs.values() for tokens in choices]
 
 
 @pytest.mark.parametrize("warping", WARPINGS)
@@ -145,6 +173,33 @@ def test_a_restricted_draft_keeps_the_distribution(draft_ids, rule, warping, rec
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_a_draft_that_reads_states_keeps_the_distribution(draft_ids, rule, record_property: Record):
     p = p_value(length=3, rule=rule, draft_ids=draft_ids, reads_states=True)
+    record_property("p", f"{p:.4f}")
+    assert p > PASSES
+
+
+@pytest.mark.parametrize(
+    ("draft", "rule", "warping"),
+    [
+        ("expert", "token", "plain"),
+        ("expert", "block", "plain"),
+        ("expert", "block", "cold, top_k, top_p"),
+        ("expert", "token", "penalties"),
+        ("draft", "token", "plain"),
+        ("draft", "block", "penalties"),
+    ],
+)
+def test_a_steered_model_keeps_the_distribution_of_the_combination(
+    draft, rule, warping, record_property: Record
+):
+    """With the expert as draft and with another one; lenience is allowed and asked for at 1, which is exact."""
+    p = p_value(length=3, draft=draft, rule=rule, warping=warping, alpha=1.3, min_lenience=0.1)
+    record_property("p", f"{p:.4f}")
+    assert p > PASSES
+
+
+@pytest.mark.parametrize("alpha", [0.4, 2.5])
+def test_seeded_steered_requests_keep_the_distribution(alpha, record_property: Record):
+    p = p_value(length=3, draft="expert", seeded=True, alpha=alpha)
     record_property("p", f"{p:.4f}")
     assert p > PASSES
 
@@ -202,6 +257,17 @@ def _renormalised(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return (scores.softmax(-1) + 0.1) / (1 + 0.1 * scores.shape[1])
 
 
+def _uncombined(members, weights):
+    return members[0].clone()
+
+
+def _last_said(track, logits):
+    """What the expert said when it drafted is taken one position late."""
+    drafted = track.drafted_logits
+    track.drafted_logits = None
+    return logits if drafted is None else torch.cat([logits, drafted])
+
+
 MUTANTS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "residual taken from p": (verify_module, "_following", _residual_from_p, {}),
     "no bonus token": (verify_module, "_following", _no_bonus, {"length": 2}),
@@ -213,6 +279,13 @@ MUTANTS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
         {"draft_ids": (0, 2, 5)},
     ),
     "stale penalties": (engine_module, "make_row", _stale, {"warping": "penalties"}),
+    "steering left out": (arithmetic_module, "combine", _uncombined, {"alpha": 1.3, "draft": "expert"}),
+    "expert's logits at the wrong positions": (
+        steering_module,
+        "_joined",
+        _last_said,
+        {"alpha": 1.3, "draft": "expert"},
+    ),
     "dropping a drawn low-confidence token": (
         DraftModelProposer,
         "propose",

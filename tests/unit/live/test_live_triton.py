@@ -1,5 +1,11 @@
-"""Sparse students served over HTTP by Triton's interpreter: speculation and sampling included, the tokens of torch."""
+"""Sparse students served over HTTP by Triton's interpreter: every kernel of ``kernels/gpu``, the tokens of torch.
 
+The first student goes by the shipped table of dispatch; the second by one such as a GPU's, which splits the inputs of
+narrow products among programs and expands the weight for prompts that are shorter than the shipped one says.
+"""
+
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,52 +21,73 @@ from sparse_students import write_tiny_student
 
 from paceline.kernels import dispatch, ops, reference_sampling
 from paceline.kernels.formats import ValueDtype
-from paceline.kernels.gpu import runtime
+from paceline.kernels.gpu import runtime, table
 from paceline.server.api.app import create_app
 from paceline.server.api.settings import ApiSettings
 from paceline.server.config import EngineConfig, PacelineConfig
+from paceline.server.config.schema import SteeringConfig
 from paceline.server.engine.build import build_engine
+from paceline.server.engine.kernel_runner import KernelRunner
 from paceline.server.metrics import Metrics
 
 pytest.importorskip("triton")
 
-#: Every kernel that a model's requests can reach; the plain number of rows decides between gemv and gemm.
-KERNELS = {
-    "gemv_kernel",
-    "gemm_kernel",
-    "combine_kernel",
-    "perturb_kernel",
-    "pick_kernel",
-    "row_stats_kernel",
-    "joint_kernel",
-    "surplus_kernel",
-    "accept_kernel",
-    "residual_kernel",
-    "draw_kernel",
-}
+NO_DRAFT = {"extra_body": {"speculation": {"enabled": False}}}
+#: More tokens than the shipped table multiplies sparse.
+LONG_PROMPT = "the sea " * 12
 ASKED: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "greedy, penalty": {"temperature": 0, "frequency_penalty": 1.5},
-    "greedy, no draft": {"temperature": 0, "extra_body": {"speculation": {"enabled": False}}},
+    "greedy, no draft": {"temperature": 0, **NO_DRAFT},
     "seeded": {"temperature": 0.8, "seed": 7},
     "seeded, top_p": {"temperature": 1.3, "top_p": 0.9, "seed": 8},
+    "long prompt": {"temperature": 0, "prompt": LONG_PROMPT, "max_tokens": 1},
 }
+#: One token of a prompt, then one per step: no product ever has more than a row.
+SINGLE_ROWS: dict[str, Any] = {"prompt": "s", "max_tokens": 4, "temperature": 0, **NO_DRAFT}
+#: For the second student. 8 programs are more than its narrowest product has rows of tiles.
+TABLE = {
+    "device": "cpu",
+    "format": "16:32-fp32",
+    "shape": "*",
+    "max_sparse_rows": 16,
+    "gemv": {"num_warps": 4, "num_stages": 1, "programs": 8},
+    "gemm": {"num_warps": 4, "num_stages": 1, "programs": 8},
+}
+
+
+def every_kernel() -> set[str]:
+    """Names of all kernels that there are, as their launches are counted."""
+    sources = [path.read_text("utf-8") for path in Path(str(runtime.__file__)).parent.glob("*.py")]
+    return {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]) -> list[Any]:
-    """Students of one small parent, drafted for by it."""
-    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    parent = tiny_checkpoint("llama", num_key_value_heads=1, **small)
+    """Students of small parents, drafted for by these. The second's down projection is three tiles wide."""
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     folder = tmp_path_factory.mktemp("students")
-    kinds: dict[str, tuple[str, ValueDtype]] = {"bitmask": ("unstructured", "int8"), "n-m": ("16:32", "fp32")}
-    return [
-        replace(
-            spec(write_tiny_student(folder / name, parent, pattern=pattern, dtype=dtype), name, draft=parent),
-            weights="fp32",
-        )
-        for name, (pattern, dtype) in kinds.items()
-    ]
+    kinds: dict[str, tuple[str, ValueDtype, int]] = {
+        "bitmask": ("unstructured", "int8", 64),
+        "n-m": ("16:32", "fp32", 160),
+    }
+    made = []
+    for name, (pattern, dtype, width) in kinds.items():
+        parent = tiny_checkpoint("llama", intermediate_size=width, **small)
+        student = write_tiny_student(folder / name, parent, pattern=pattern, dtype=dtype)
+        made.append(replace(spec(student, name, draft=parent), weights="fp32"))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The second student's table, where a machine's own one is looked for."""
+    path = tmp_path / "kernel-table.json"
+    path.write_text(json.dumps({"entries": [TABLE]}))
+    monkeypatch.setenv("PACELINE_KERNEL_TABLE", str(path))
+    table.find.cache_clear()
+    yield
+    table.find.cache_clear()
 
 
 @contextmanager
@@ -82,12 +109,18 @@ def served(models: list[Any], kernels: str) -> Iterator[openai.OpenAI]:
 
 
 def texts(client: openai.OpenAI, model: str) -> dict[str, str]:
-    """What the requests get; of the second model, whose linears alone are others, only the last one."""
-    asked = ASKED if model == "bitmask" else {"seeded": ASKED["seeded"]}
-    return {
-        name: client.completions.create(model=model, prompt="the sea", max_tokens=6, **more).choices[0].text
-        for name, more in asked.items()
-    }
+    """What the requests get; of the second model, whose linears alone are others, those of one row and the seeded."""
+    asked = ASKED if model == "bitmask" else {"single rows": SINGLE_ROWS, "seeded": ASKED["seeded"]}
+    return {name: ask(client, model, **fields) for name, fields in asked.items()}
+
+
+def ask(client: openai.OpenAI, model: str, **fields: Any) -> str:
+    answer = client.completions.create(**{"model": model, "prompt": "the sea", "max_tokens": 6, **fields})
+    return str(answer.choices[0].text)
+
+
+def launched() -> set[str]:
+    return {name for name, count in runtime.launches().items() if count}
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +138,60 @@ def test_served_by_triton_with_the_tokens_of_torch(
     with served(models, "triton") as client:
         for model in models:
             assert texts(client, model.name) == expected[model.name]
-            told = client.completions.create(
-                model=model.name, prompt="the sea", max_tokens=6, temperature=1.0, top_p=0.95
-            )
-            assert told.usage is not None
-            assert told.usage.completion_tokens > 0
+        ask(client, "bitmask", temperature=1.0, top_p=0.95)
     assert any(checked), "no draft token was verified by chance"
-    counts = runtime.launches()
-    assert {name for name, count in counts.items() if count} == KERNELS
+    assert launched() == every_kernel()
+
+
+def test_the_table_and_the_rows_decide_which_kernels_multiply(models: list[Any]) -> None:
+    products = {"gemv_kernel", "gemm_kernel", "add_splits_kernel", "expand_kernel"}
+    # No prompt begins as another does: what the KV cache has of it needs no product.
+    short, middle = {"max_tokens": 1}, {"prompt": "a sail " * 3, "max_tokens": 1}
+    asked: list[tuple[str, dict[str, Any], set[str]]] = [
+        ("bitmask", SINGLE_ROWS, {"gemv_kernel"}),
+        ("bitmask", middle, {"gemm_kernel"}),
+        ("bitmask", ASKED["long prompt"], {"expand_kernel"}),
+        ("n-m", SINGLE_ROWS, {"gemv_kernel", "add_splits_kernel"}),
+        ("n-m", short, {"gemm_kernel", "add_splits_kernel"}),
+        ("n-m", middle, {"expand_kernel"}),
+    ]
+    with served(models, "triton") as client:
+        for model, fields, wanted in asked:
+            runtime.forget_launches()
+            ask(client, model, **fields)
+            assert launched() & products == wanted, (model, fields)
+
+
+def test_a_sparse_steered_model_with_a_draft_combines_by_the_kernel(
+    models: list[Any], tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three levers in one configuration: the text of torch, and every combination is a launch of the kernel."""
+    expert, anti = (tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1, perturb=p) for p in (0.0, 0.4))
+    pair = SteeringConfig("p", str(anti), expert=str(expert), alpha=1.4)
+    steered = replace(models[0], steering=(pair,))
+    combined: list[int] = []
+    real = KernelRunner.combine
+
+    def counted(self: Any, members: Any, weights: torch.Tensor) -> torch.Tensor:
+        before = runtime.launches().get("combine_kernel", 0)
+        result = real(self, members, weights)
+        combined.append(runtime.launches().get("combine_kernel", 0) - before)
+        return result
+
+    monkeypatch.setattr(KernelRunner, "combine", counted)
+    asked: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0.9, "seed": 3},
+        {"temperature": 0, "extra_body": {"speculation": {"draft": "expert"}}},
+        {"temperature": 0, "extra_body": {"steering": {"alpha": 0}}},
+    ]
+    with served([steered], "torch") as client:
+        expected = [ask(client, "bitmask", **fields) for fields in asked]
+    with served([steered], "triton") as client:
+        assert [ask(client, "bitmask", **fields) for fields in asked] == expected
+    assert expected[0] != expected[3]
+    assert len(combined) > 6
+    assert set(combined) == {1}
 
 
 def _verify_beside_the_reference(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -22,6 +22,7 @@ from paceline.draftmodels.prune.walk import Walk
 from paceline.draftmodels.prune.wanda import wanda
 from paceline.kernels.formats import Pattern
 from paceline.server.models.native_form import NativeCheckpoint
+from paceline.server.models.student import declaration
 from paceline.server.models.tokenizer import load_tokenizer
 
 SMALL = ["--samples", "10", "--held-out", "4", "--sequence-tokens", "48"]
@@ -84,6 +85,7 @@ def test_the_artifact_is_sparse_whole_and_measured(
     (measured,) = manifest.measured
     assert measured["perplexity"] == facts["perplexity"]["pruned"] > 1
     assert measured["dataset"] == "talk.jsonl, held out"
+    assert f"(parent {facts['perplexity']['dense']:.2f})" in declaration(manifest, output)
     assert facts["sparsity"] == 0.5
     assert len(facts["linears"]) == 2 * len(LINEARS)
     assert (output / "report.html").read_text().count("data:image/png") == 2

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from paceline.draftmodels.distill.layout import Padded
-from paceline.draftmodels.sparse_finetune.attention import CausalAttend, query_blocks
+from paceline.draftmodels.finetune.attention import CausalAttend, query_blocks
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 100])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_job
 import torch
 from recovery_job import CPU, make_trainer, opened_models, small_recipe, text
 from torch import Tensor
@@ -13,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from paceline.draftmodels import losses
 from paceline.draftmodels.data.sequences import TokenSequence
 from paceline.draftmodels.distill import order
+from paceline.draftmodels.finetune.batch import grouped, make_batch
+from paceline.draftmodels.finetune.objective import Figures, Objective, StepTotals, Teaching
 from paceline.draftmodels.jobs.metrics import read_metrics
-from paceline.draftmodels.sparse_finetune.batch import grouped, make_batch
-from paceline.draftmodels.sparse_finetune.objective import Figures, Objective, StepTotals, Teaching
 
 WEIGHTS = [(1.0, 0.0, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.7, 0.4, 1.3)]
 
@@ -87,15 +88,15 @@ def test_a_step_of_several_forwards_records_the_formula_over_all_of_them(
     student: Path, parent: Path, tmp_path: Path
 ) -> None:
     recipe = small_recipe(max_steps="1", w_kl=0.5)
-    trainer, parts = make_trainer(student, parent, tmp_path / "run", recipe)
+    trainer, method = make_trainer(student, parent, tmp_path / "run", recipe)
     oracles = [
         AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, attn_implementation="eager")
         for _ in range(2)
     ]
-    oracles[0].load_state_dict(dict(parts.student.state_dict()))
-    lengths = [len(sequence.tokens) for sequence in parts.sequences]
+    oracles[0].load_state_dict(dict(method.model.state_dict()))
+    lengths = [len(sequence.tokens) for sequence in recovery_job.text()]
     first = order.batches(lengths, recipe.step_tokens, 0, recipe.seed)[0]
-    sequences = [parts.sequences[i] for i in first]
+    sequences = [recovery_job.text()[i] for i in first]
     assert len(grouped(sequences, recipe.batch_tokens)) > 1
     with torch.no_grad():
         total, figures = reference(oracles[0], oracles[1], sequences, (1.0, 0.5, 1.0))
@@ -156,8 +157,8 @@ def test_how_a_step_is_computed_does_not_show(
 
 
 def test_a_part_without_weight_is_not_computed(student: Path, parent: Path, tmp_path: Path) -> None:
-    trainer, parts = make_trainer(student, parent, tmp_path / "run", small_recipe(w_sq=0.0))
+    trainer, method = make_trainer(student, parent, tmp_path / "run", small_recipe(w_sq=0.0))
     calls: list[int] = []
-    parts.teacher.register_forward_hook(lambda *_: calls.append(trainer.state.step))
+    method.teacher.register_forward_hook(lambda *_: calls.append(trainer.state.step))
     trainer.train()
     assert set(calls) == {0}  # held-out text only, which the teacher reads once

@@ -18,7 +18,7 @@ from recovery_job import make_trainer, small_recipe
 from paceline.draftmodels.jobs.checkpoint import load_checkpoint
 from paceline.draftmodels.jobs.metrics import read_metrics
 from paceline.draftmodels.sparse_finetune.held_out import Quality
-from paceline.draftmodels.sparse_finetune.trainer import RecoveryState
+from paceline.draftmodels.sparse_finetune.recovery import RecoveryState
 from paceline.server.errors import DataError
 
 PROGRAM = Path(recovery_job.__file__)
@@ -170,11 +170,11 @@ def test_what_is_measured_is_what_would_be_exported(student: Path, parent: Path,
     found = {}
     for quantize in ("int8", None):
         recipe = small_recipe(quantize=quantize, max_steps="1")
-        trainer, parts = make_trainer(student, parent, tmp_path / str(quantize), recipe)
+        trainer, method = make_trainer(student, parent, tmp_path / str(quantize), recipe)
         found[quantize] = trainer.train().measured[-1]["perplexity"]
-        exact = parts.held_out.measure(parts.student).perplexity
-        with parts.masks.rounded():
-            rounded = parts.held_out.measure(parts.student).perplexity
+        exact = method.held_out.measure(method.model).perplexity
+        with method.masks.rounded():
+            rounded = method.held_out.measure(method.model).perplexity
         assert found[quantize] == (rounded if quantize else exact)
         assert rounded != exact
 
@@ -196,9 +196,8 @@ def test_bf16_trains_about_the_same(student: Path, parent: Path, tmp_path: Path)
 
 
 def test_a_rate_that_blows_up_is_one_clear_line(student: Path, parent: Path, tmp_path: Path) -> None:
-    trainer, parts = make_trainer(student, parent, tmp_path / "run", small_recipe())
+    trainer, _ = make_trainer(student, parent, tmp_path / "run", small_recipe())
     with torch.no_grad():
         trainer.parameters["model.norm.weight"].fill_(float("inf"))
-    del parts
     with pytest.raises(DataError, match="lower --lr"):
         trainer._step(recovery_job.text(2))

@@ -8,8 +8,8 @@ import torch
 from recovery_job import CPU, opened_models, small_recipe, text
 from transformers import AutoModelForCausalLM
 
+from paceline.draftmodels.finetune.batch import grouped, make_batch
 from paceline.draftmodels.losses import SQUARE_HEAD_EPS, square_head
-from paceline.draftmodels.sparse_finetune.batch import grouped, make_batch
 
 
 def states(rows: int = 5, layers: int = 3, hidden: int = 4, seed: int = 0) -> list[torch.Tensor]:

@@ -15,9 +15,9 @@ from recovery_job import CPU, opened_models, small_recipe
 
 from paceline.clients import console
 from paceline.draftmodels.data.sequences import TokenSequence
+from paceline.draftmodels.finetune.batch import make_batch
 from paceline.draftmodels.jobs.metrics import read_metrics
 from paceline.draftmodels.local_engine import LocalEngine
-from paceline.draftmodels.sparse_finetune.batch import make_batch
 from paceline.draftmodels.sparse_finetune.opening import open_student
 from paceline.draftmodels.sparse_finetune.recipe import (
     Recipe,
@@ -28,6 +28,7 @@ from paceline.draftmodels.sparse_finetune.recipe import (
 )
 from paceline.server.errors import ConfigError
 from paceline.server.models.native_form import NativeCheckpoint
+from paceline.server.models.student import declaration
 
 SMALL_OPTIONS = "--batch-tokens 60 --held-out 2 --eval-every 3 --threads 1 --lr 3e-3 --warm-up 2 --dtype fp32"
 SMALL = SMALL_OPTIONS.split()
@@ -85,6 +86,8 @@ def test_a_run_leaves_a_better_student(
     assert {key: manifest.weights[key] for key in stored} == stored
     assert manifest.base == before.checkpoint.manifest.base
     assert manifest.measured[0]["perplexity"] == facts["measured"]["perplexity"]
+    told = f"KL {facts['measured']['kl']:.3f} nats, perplexity {facts['measured']['perplexity']:.2f} (parent "
+    assert told in declaration(manifest, run)
     assert manifest.recipe["data"] == "data.jsonl"
     assert manifest.recipe["w_kl"] == (1.0 if "ce-kl" in more else 0.0)
     assert manifest.provenance["seed"] == 0
@@ -96,6 +99,16 @@ def test_a_run_leaves_a_better_student(
     report = (run / "report.html").read_text()
     assert report.count("<img") == 3
     assert "seed" in report
+
+
+def test_losses_against_another_teacher_are_not_those_against_the_parent(
+    student: Path, tmp_path: Path, data: Path, tiny_checkpoint: Any
+) -> None:
+    teacher = ("--teacher", str(tiny_checkpoint("llama", seed=3)))
+    assert console.main(arguments(student, data, tmp_path / "run", "--max-steps", "1", *teacher)) == 0
+    manifest = NativeCheckpoint(tmp_path / "run" / "best").manifest
+    assert manifest.measured[0]["teacher_perplexity"] > 1
+    assert "by how much was not measured" in declaration(manifest, tmp_path)
 
 
 def test_the_engine_serves_what_was_exported(student: Path, tmp_path: Path, data: Path) -> None:
@@ -152,7 +165,7 @@ def test_another_job_cannot_be_resumed(
     run = tmp_path / "run"
     assert console.main(arguments(student, data, run, "--max-steps", "1")) == 0
     for changed, words in (
-        (["train-sparse", "other", "-o", str(run), "--resume"], "was started from"),
+        (["train-sparse", "other", "-o", str(run), "--resume"], "was started with"),
         (["train-sparse", str(student), "-o", str(run), "--resume", "--lr", "0.5"], "--lr: the run was"),
         (["train-sparse", str(student), "-o", str(run), "--resume", "--recipe", "ce"], "--recipe"),
         (["train-draft", str(student), "-o", str(run), "--resume"], "run of another command"),

@@ -1,8 +1,7 @@
 """A whole decoder of the Llama family that can be trained, and shows the output of every block.
 
 Parameters have the names of Hugging Face checkpoints. The arithmetic is that of ``distill.blocks``; rows are packed.
-Used for the student (linears and norms trained, embedding and head frozen unless asked for) and, frozen, for its
-teacher.
+Linears and norms are trained, embedding and head unless they are to stay as they are; teachers are frozen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline.draftmodels.distill.blocks import Angles, Block, Positions
 from paceline.draftmodels.distill.layout import Padded
-from paceline.draftmodels.sparse_finetune.attention import CausalAttend, QueryBlock, query_blocks
-from paceline.draftmodels.sparse_finetune.batch import Batch
+from paceline.draftmodels.finetune.attention import CausalAttend, QueryBlock, query_blocks
+from paceline.draftmodels.finetune.batch import Batch
 from paceline.server.models.checkpoint import Checkpoint
 from paceline.server.models.config import EMBEDDING, HEAD, ModelConfig
 from paceline.server.models.tensors import CheckedTensors
@@ -86,7 +85,7 @@ def _through(layer: Block, x: Tensor, angles: Angles, place: Padded, blocks: Seq
     return y
 
 
-def make_student(
+def make_trained(
     source: Checkpoint,
     config: ModelConfig,
     device: torch.device,
@@ -94,24 +93,22 @@ def make_student(
     train_embedding: bool,
     checkpointing: bool,
 ) -> Decoder:
-    """A sparse student, its weights dense with zeros; what is trained is fp32.
+    """A decoder to train, in fp32; a sparse student's weights are dense with zeros.
 
     Raises:
         ArtifactError: a tensor is missing or has another shape than the configuration says.
     """
     fetch = CheckedTensors(source, config, device=device)
-    student = Decoder(
-        config, {name: fetch(name) for name in config.tensor_names()}, checkpointing=checkpointing
-    )
+    # Copies: what is read may be a view of the file, and steps write in place.
+    tensors = {name: fetch(name).clone() for name in config.tensor_names()}
+    model = Decoder(config, tensors, checkpointing=checkpointing)
     if not train_embedding:
         for name in {EMBEDDING, HEAD} & set(config.tensor_names()):
-            student.get_parameter(name).requires_grad_(False)
-    return student
+            model.get_parameter(name).requires_grad_(False)
+    return model
 
 
-def make_teacher(
-    source: Checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> Decoder:
+def make_frozen(source: Checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """A frozen decoder; matrices in the type that they are multiplied in, vectors in fp32.
 
     Raises:

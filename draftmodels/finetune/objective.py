@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from paceline.draftmodels.finetune.batch import Batch
 from paceline.draftmodels.losses import square_head
-from paceline.draftmodels.sparse_finetune.batch import Batch
 
 #: Rows of logits at a time: with 49k ids 25 MB in fp32, and enough rows for the matrix products' full speed.
 CHUNK_ROWS = 128
@@ -84,7 +84,7 @@ class Objective:
 
         Args:
             states: the student's, [rows, hidden] each.
-            head: the student's, [vocabulary, hidden].
+            head: the model's, [vocabulary, hidden].
             teaching: the teacher's view of the same batch; None where only CE has a weight.
         """
         roots: list[Tensor] = []

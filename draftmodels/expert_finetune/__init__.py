@@ -1,0 +1,1 @@
+"""Experts for steering: plain supervised fine-tuning of a small model on prompts and answers."""
