@@ -1,5 +1,6 @@
 """A training job with everything real: opens target, engine, prompts and teacher, and runs the trainer over them."""
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from paceline.draftmodels.teacher import Teacher
 from paceline.server.config import Machine
 from paceline.server.errors import ConfigError
 from paceline.server.models.checkpoint import Checkpoint
-from paceline.server.models.manifest import Base
+from paceline.server.models.manifest import MANIFEST, Base, read_manifest
 from paceline.server.models.native_form import open_model
 from paceline.server.models.sources import resolve
 
@@ -98,12 +99,14 @@ class _Job:
     def work(self) -> Outcome:
         recipe, run = self.recipe, self.run
         loaded = load_checkpoint(run, DraftState)
+        about = self._about()
+        if loaded is not None:
+            self._check_steering(about)
         # Ranks other than the main one write nothing: it tells them what it has found or made.
         prompts = open_prompts(recipe, self.local, run) if self.ranks.is_main else None
         text = None if prompts is None else EngineText(recipe, self.local, prompts, run / "shards")
         vocab_ids = self._vocabulary(text, loaded)
         new = new_draft(recipe, self.checkpoint, vocab_ids)
-        about = self._about()
         with shown(_described, main=self.ranks.is_main) as progress:
             parts = Parts(
                 text=cast(EngineText, text),
@@ -141,6 +144,17 @@ class _Job:
         )
         _log.info("draft vocabulary of %d ids: %.2f%% of the target's probability", size, 100 * mass)
         return ids
+
+    def _check_steering(self, about: ArtifactAbout) -> None:
+        """Refuse to go on with a teacher that a changed configuration file has changed."""
+        folder = self.run / "current"
+        manifest = read_manifest(folder) if folder.is_dir() else None
+        now = json.loads(json.dumps(list(about.steering)))
+        if manifest is not None and manifest.extra.get("steering", []) != now:
+            raise ConfigError(
+                f"--resume: {self.target} is not steered as when {self.run} was started, which {folder / MANIFEST} "
+                "tells; change it back, or start another run"
+            )
 
     def _about(self) -> ArtifactAbout:
         base = Base(

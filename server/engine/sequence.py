@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from paceline.server.decoding.mixture import Mixture
 from paceline.server.decoding.policy import History
@@ -15,9 +15,6 @@ from paceline.server.engine.detokenizer import IncrementalDetokenizer, StopCheck
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.engine.kv_blocks import BlockTable, MemberLayout
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenLogprob
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _arrivals = itertools.count()
 #: Output that a sequence is expected to have left at least, when a draft has to catch up first.
@@ -54,13 +51,14 @@ class MemberTrack:
         member: its index among the model's members.
         tokens: its own prompt, then the sequence's committed output.
         table: its K and V.
-        drafted_logits: what it said about the draft tokens of this step, if it drafted them: fp32 [drafted, vocab].
+        drafted_logits: what it said about the draft tokens of this step, if it drafted them: a tensor, which
+            nothing here looks into, fp32 [drafted, vocab], or None.
     """
 
     member: int
     tokens: list[int]
     table: BlockTable
-    drafted_logits: "Tensor | None" = None
+    drafted_logits: Any = None
 
 
 class Sequence:

@@ -19,7 +19,8 @@ from paceline.draftmodels.provenance import provenance
 _LEGEND = """
 changed: answers' tokens that the base would not have chosen there; cut: answers that --max-tokens ended
 tau: tokens per target forward; accepted: of the drafted tokens; 1 off, 1 on, ...: so many requests in flight, without
-and with speculation. One: decoded tokens per second; more: all tokens per second of wall clock, prompts included"""
+and with speculation. One: decoded tokens per second; more: all tokens per second of wall clock, prompts included
+same: answers that are equal with and without speculation"""
 
 
 def describe(plan: Plan, questions: Sequence[Question], outcome: Outcome) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _scores(rows: Sequence[Row]) -> Table:
 def _speeds(rows: Sequence[Row]) -> Table:
     streams = [speed.streams for speed in rows[0].speeds]
     columns = [name for count in streams for name in (f"{count} off", f"{count} on", "on/off")]
-    table = _table("speed, tokens per second", "tau", "accepted", *columns, "same text")
+    table = _table("speed, tokens per second", "tau", "accepted", *columns, "same")
     for row in rows:
         own = row.acceptance
         acceptance = ("-", "-") if own is None else (_number(own.tau, 2), _share(own.draft_acceptance_rate))

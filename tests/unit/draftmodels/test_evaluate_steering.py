@@ -223,7 +223,7 @@ def test_the_tables_for_people(config: Write, tuned: Path, tmp_path: Path) -> No
         "expert",
         "tau",
         "without --tuned there is no ceiling",
-        "same text",
+        "same: answers that are equal",
     ):
         assert words in done.output
     done = evaluate(*arguments, "--tuned", tuned, "--rounds", 0)

@@ -284,6 +284,18 @@ def test_a_draft_is_distilled_on_the_combination_and_serves_it(
     assert plain["same_text"] == {"equal": 4, "compared": 4}
 
 
+def test_a_run_does_not_go_on_with_another_teacher(
+    steered: Steered, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, run = steered(), tmp_path / "run"
+    train(reference, run, write_prompts(tmp_path), "--max-steps", "2")
+    assert console.main(["train-draft", reference, "-o", str(run), "--resume"]) == 0
+    steered("alpha = 0.25")
+    capsys.readouterr()
+    assert console.main(["train-draft", reference, "-o", str(run), "--resume"]) == 2
+    assert "is not steered as when" in capsys.readouterr().err
+
+
 def evaluate_draft(target: str, draft: object, prompts: Path, *more: str) -> dict[str, Any]:
     arguments = ["draft", target, "--draft", str(draft), "--prompts", str(prompts), *MEASURING.split()]
     done = CliRunner().invoke(app, [*arguments, *more], catch_exceptions=False)
