@@ -31,8 +31,6 @@ from paceline.server.engine.request import Request, SamplingParams, SpeculationP
 VOCAB, DEPTH = 6, 3
 PROMPT = (0, 1, 2, 3, 1, 2)
 SAMPLES = size(200_000)
-#: Of one request. Few, as those that have their tokens wait for the last one.
-CHOICES = 8
 PASSES, REJECTED = 1e-4, 1e-6
 
 Record = Callable[[str, object], None]
@@ -94,16 +92,18 @@ def p_value(
         reads_states=reads_states,
     )
     wish = SpeculationParams(draft=draft)
+    # Choices that have their tokens wait for the last of their request; seeds are to give choices of their own.
+    choices = 8 if seeded else 1
     requests = [
         request(
             PROMPT,
-            n=CHOICES,
+            n=choices,
             max_tokens=DEPTH + 2 + length,
             speculation=wish,
             seed=number if seeded else None,
             **sampling,
         )
-        for number in range(-(-samples // CHOICES))
+        for number in range(-(-samples // choices))
     ]
     outputs = first_tokens(engine, requests, DEPTH + 1)
     drawn = np.array([tokens[1:] for tokens in outputs][:samples])
