@@ -33,8 +33,6 @@ from paceline.server.engine.request import Request, SamplingParams, SpeculationP
 VOCAB, DEPTH = 6, 3
 PROMPT = (0, 1, 2, 3, 1, 2)
 SAMPLES = size(200_000)
-#: Of one request. Few, as those that have their tokens wait for the last one.
-CHOICES = 8
 PASSES, REJECTED = 1e-4, 1e-6
 
 Record = Callable[[str, object], None]
@@ -109,16 +107,18 @@ def p_value(
     )
     combined = target if alpha is None else target + alpha * (expert - anti_expert)
     wish = SpeculationParams(draft=draft, lenience=1.0)
+    # Choices that have their tokens wait for the last of their request; seeds are to give choices of their own.
+    choices = 8 if seeded else 1
     requests = [
         request(
             PROMPT,
-            n=CHOICES,
+            n=choices,
             max_tokens=DEPTH + 2 + length,
             speculation=wish,
             seed=number if seeded else None,
             **sampling,
         )
-        for number in range(-(-samples // CHOICES))
+        for number in range(-(-samples // choices))
     ]
     outputs = first_tokens(engine, requests, DEPTH + 1)
     drawn = np.array([tokens[1:] for tokens in outputs][:samples])
