@@ -352,7 +352,7 @@ def test_what_cannot_be_measured_is_refused_in_a_line(
 def test_bad_lines_are_named(target: Path, tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text(line)
-    score = "number" if "number" in message else "exact"
+    score: Any = "number" if "number" in message else "exact"
     with pytest.raises(DataError, match=message):
         read_questions(path, load_tokenizer(target), score, None)
 
