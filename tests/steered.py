@@ -1,6 +1,6 @@
 """Steered models over tiny checkpoints, and what they should say by transformers, in float64."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from engines import spec
 from transformers import AutoModelForCausalLM
 
 from paceline.server.config.schema import ModelSpec, SteeringConfig
+from paceline.server.engine.engine import Engine
 
 #: Each mode as the paper has it, over the logits of base, expert and anti-expert.
-FORMULAS = {
+FORMULAS: dict[str, Callable[..., Any]] = {
     "proxy": lambda m, e, a, x: m + x * (e - a),
     "amplify": lambda m, e, a, x: e + x * (m - a),
     "cfg": lambda m, e, a, x: m + x * (m - a),
@@ -28,6 +29,26 @@ def steered_spec(target: Path, *pairs: SteeringConfig, name: str = "m", **settin
     return replace(spec(target, name, **settings), steering=pairs)
 
 
+def runners(engine: Engine, name: str = "m") -> list[Any]:
+    """Those of a steered model: the target's, then the members' by index."""
+    model = engine._models[name]
+    assert model.steering is not None
+    return [model.runner, *(member.runner for member in model.steering._members.values())]
+
+
+def watch(runner: Any) -> list[int]:
+    """A list that gets the token rows of each of the runner's forwards from now on."""
+    rows: list[int] = []
+    real = runner.forward
+
+    def forward(batch: Any) -> Any:
+        rows.append(len(batch.tokens))
+        return real(batch)
+
+    runner.forward = forward
+    return rows
+
+
 class Oracle:
     """Checkpoints as transformers runs them, in float64."""
 
@@ -39,10 +60,10 @@ class Oracle:
         if path not in self._models:
             self._models[path] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
         with torch.no_grad():
-            return self._models[path](torch.tensor([tokens])).logits[0].numpy()
+            return np.asarray(self._models[path](torch.tensor([tokens])).logits[0].numpy())
 
     def last(self, path: Path, tokens: Sequence[int]) -> np.ndarray:
-        return self.logits(path, tokens)[-1]
+        return np.asarray(self.logits(path, tokens)[-1])
 
     def greedy(
         self, formula: Any, prompts: Mapping[Path, Sequence[int]], max_tokens: int, eos: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import Recorder, ids, request, run, submit, tiny_engine, tokens
-from steered import FORMULAS, Oracle, pair, steered_spec
+from steered import FORMULAS, Oracle, pair, runners, steered_spec, watch
 from tiny import EOS_ID
 
 from paceline.server.engine.request import Request, SpeculationParams, SteeringParams
@@ -26,12 +26,12 @@ def oracle() -> Oracle:
 
 @pytest.fixture(scope="session")
 def expert(tiny_checkpoint) -> Path:
-    return tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1)
+    return Path(tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1))
 
 
 @pytest.fixture(scope="session")
 def anti(tiny_checkpoint) -> Path:
-    return tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1, perturb=0.4)
+    return Path(tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1, perturb=0.4))
 
 
 def prompts(count: int = 6, longest: int = 50, seed: int = 3) -> list[list[int]]:
@@ -80,7 +80,7 @@ def test_logits_are_those_of_a_float64_computation(mode, strength, target, exper
     assert ids(events) == oracle.greedy(formula, members, 12, EOS_ID)
     text = [*prompt, *ids(events)]
     expected = formula(*(oracle.logits(path, text) for path in members))
-    said = [dict(entry.top) for entry in events[0].prompt_logprobs[1:]] + distribution(events)
+    said = [dict(entry.top) for entry in (events[0].prompt_logprobs or ())[1:]] + distribution(events)
     for position, got in enumerate(said):
         want = log_softmax(expected[position])
         assert len(got) == 300
@@ -93,7 +93,7 @@ def test_pairs_add_up_and_share_members(target, expert, anti, tiny_checkpoint, o
     engine = tiny_engine(
         steered_spec(target, pair("a", anti, expert, alpha=0.7), pair("b", anti, other, alpha=0.3))
     )
-    assert len(engine._models["m"].steering._members) == 3
+    assert len(runners(engine)) == 4
 
     def formula(m, e, o, a):
         return m + 0.7 * (e - a) + 0.3 * (o - a)
@@ -162,27 +162,19 @@ def test_strength_zero_is_exactly_the_base_and_runs_no_member(target, expert, an
     prompt = prompts()[1]
     plain = Request("plain", "base", tuple(prompt), request(prompt, logprobs=5).sampling)
     [[base]] = run(engine, plain)
-    calls = count_forwards(engine)
-    for off in ({"p": None}, {"p": 0.0}):
+    calls = [watch(runner) for runner in runners(engine)[1:]]
+    switched_off: list[dict[str, float | None]] = [{"p": None}, {"p": 0.0}]
+    for off in switched_off:
         [[events]] = run(engine, steered(prompt, off, logprobs=5))
         assert [e.logprobs for e in events] == [e.logprobs for e in base]  # bit for bit
-    assert calls == []
+    assert calls == [[], []]
     [[events]] = run(engine, steered(prompt, {}, logprobs=5))
-    assert calls
+    assert all(calls)
     assert ids(events) != ids(base)
 
 
 def tiny_spec_of_the_base(target: Path) -> Any:
     return steered_spec(target, name="base")
-
-
-def count_forwards(engine: Any) -> list[int]:
-    """A list that grows by one with every forward of a member."""
-    calls: list[int] = []
-    for member in engine._models["m"].steering._members.values():
-        real = member.runner.forward
-        member.runner.forward = lambda batch, real=real: (calls.append(1), real(batch))[1]
-    return calls
 
 
 def test_the_expert_drafts_without_running_anything_twice(target, expert, anti):
@@ -193,10 +185,7 @@ def test_the_expert_drafts_without_running_anything_twice(target, expert, anti):
         observer=recorder,
         prefix_caching=False,
     )
-    rows: list[int] = []
-    runner = engine._models["m"].steering._members[1].runner
-    real = runner.forward
-    runner.forward = lambda batch: (rows.append(len(batch.tokens)), real(batch))[1]
+    rows = watch(runners(engine)[1])
     prompt = prompts()[0]
     tokens(engine, request(prompt, max_tokens=20, ignore_eos=True))
     blocks = [n for step in recorder.steps for n in step.drafted_per_block]
@@ -212,7 +201,7 @@ def test_conservative_variants_keep_to_a_nucleus(support, target, expert, anti, 
     [[events]] = run(engine, request(prompt, logprobs=300, max_tokens=8, temperature=1.0, seed=3))
     text = list(prompt)
     for event in events:
-        for entry in event.logprobs:
+        for entry in event.logprobs or ():
             m, e, a = (oracle.last(path, text) for path in (target, expert, anti))
             combined = m + 1.6 * (e - a)
             allowed = nucleus(combined if support == "top_p" else e, 0.6)
@@ -231,13 +220,11 @@ def nucleus(logits: np.ndarray, top_p: float) -> set[int]:
 def test_a_prompt_of_its_own_steers_the_target_by_itself(target, oracle):
     """Mode cfg with the target as its own anti-expert: one set of weights, one forward, two prompts."""
     engine = tiny_engine(steered_spec(target, pair("p", "self", mode="cfg", alpha=0.7, anti_prompt="no")))
-    model = engine._models["m"]
-    assert model.steering._members[1].runner is model.runner
+    target_runner, own_runner = runners(engine)
+    assert own_runner is target_runner
     base, own = prompts()[:2]
     asked = steered(base, {}, own_prompts=(tuple(own),), max_tokens=14)
-    calls = []
-    real = model.runner.forward
-    model.runner.forward = lambda batch: (calls.append(1), real(batch))[1]
+    calls = watch(target_runner)
     got = tokens(engine, asked)[0]
     assert len(calls) == len(got)
 

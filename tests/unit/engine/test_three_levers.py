@@ -14,7 +14,7 @@ from engines import Recorder, ids, request, run, submit, tiny_engine, tokens
 from native_kernels import require_native
 from sparse_students import write_tiny_student
 from statistics_helpers import Floats, joint_chi_square, joint_counts
-from steered import pair, steered_spec
+from steered import pair, runners, steered_spec, watch
 
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.request import SpeculationParams
@@ -57,7 +57,8 @@ def native(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 def test_greedy_and_seeded_text_is_its_own_without_speculation(draft: str, model: Callable[..., Any]) -> None:
     recorder = Recorder()
     engine = tiny_engine(model(draft), observer=recorder)
-    for sampling in ({}, {"temperature": 0.9, "seed": 3}, {"frequency_penalty": 0.8}):
+    samplings: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 3}, {"frequency_penalty": 0.8}]
+    for sampling in samplings:
         plain = tokens(engine, request(PROMPT, speculation=NO_DRAFT, max_tokens=40, **sampling))
         assert tokens(engine, request(PROMPT, max_tokens=40, **sampling)) == plain
     assert sum(n for step in recorder.steps for n in step.accepted_per_block) > 0
@@ -69,7 +70,12 @@ def test_sampled_text_has_the_joint_distribution_of_the_combination(
 ) -> None:
     engine = tiny_engine(model(draft), kv_cache_gib=64 / 1024)
     places, joint = exact_joint(engine)
-    sampling = {"temperature": TEMPERATURE, "top_k": TOP_K, "ignore_eos": True, "max_tokens": DEPTH + 4}
+    sampling: dict[str, Any] = {
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+        "ignore_eos": True,
+        "max_tokens": DEPTH + 4,
+    }
     asked = [request(PROMPT, n=100, **sampling) for _ in range(-(-SAMPLES // 100))]
     drawn = [ids(choice) for choices in run(engine, *asked) for choice in choices]
     ranks = np.array([ranked(output[:DEPTH], places) for output in drawn])
@@ -110,22 +116,8 @@ def ranked(output: list[int], places: dict[tuple[int, ...], list[int]]) -> list[
 def test_a_step_runs_every_member_once_for_all_sequences(model: Callable[..., Any]) -> None:
     recorder = Recorder()
     engine = tiny_engine(model(), observer=recorder)
-    served = engine._models["m"]
-    runners = [served.runner, *(member.runner for member in served.steering._members.values())]
-    calls = [0] * len(runners)
-    for i, runner in enumerate(runners):
-        count_calls(runner, calls, i)
+    rows = [watch(runner) for runner in runners(engine)]
     submit(engine, *(request(PROMPT[: i + 2], max_tokens=8, speculation=NO_DRAFT) for i in range(6)))
     while engine.has_work:
         engine.step()
-    assert calls == [len(recorder.steps)] * 3
-
-
-def count_calls(runner: Any, calls: list[int], index: int) -> None:
-    real = runner.forward
-
-    def forward(batch: Any) -> Any:
-        calls[index] += 1
-        return real(batch)
-
-    runner.forward = forward
+    assert [len(own) for own in rows] == [len(recorder.steps)] * 3
