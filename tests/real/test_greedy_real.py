@@ -42,17 +42,14 @@ PROMPTS = [
     "Who wrote Romeo and Juliet, and when?",
     '{"name": "Ada", "born": 1815, "known_for":',
 ]
-#: The drafts that prompts are given in turn, run by run. The larger model takes minutes: one run of it has both kinds,
-#: and its blocks are shorter.
+#: The drafts that prompts are given in turn, run by run. The larger model takes minutes: one run of it has both kinds.
 DRAFTS: dict[str, list[tuple[str, ...]]] = {SMOLLM2: [("cut",), ("ngram",)], QWEN_CODER: [("cut", "ngram")]}
-BLOCK_TOKENS = {SMOLLM2: 4, QWEN_CODER: 2}
 NO_DRAFT = SpeculationParams(enabled=False)
 
 
 def build(path: Path, name: str, draft: str | None = None) -> tuple[BuiltEngine, Recorder]:
     recorder = Recorder()
-    speculation = SpeculationConfig(draft=draft, policy="fixed", max_draft_tokens=BLOCK_TOKENS[name])
-    model = ModelSpec(name, str(path), "fp32", None, speculation)
+    model = ModelSpec(name, str(path), "fp32", None, SpeculationConfig(draft=draft, policy="fixed"))
     settings = EngineConfig(device="cpu", threads=2, kv_cache_gib=0.5)
     return build_native(PacelineConfig(engine=settings, models=(model,)), recorder), recorder
 
