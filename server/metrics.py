@@ -5,7 +5,7 @@ and histograms only; gauges are read from the engine when somebody scrapes. Labe
 Times are seconds, lengths tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -71,6 +71,11 @@ class Metrics:
             self._registry, "paceline:steering_requests", "Finished choices that steering changed."
         )
         self._engine: AsyncEngine | None = None
+        self._others: Callable[[], Iterable[Metric]] = tuple
+
+    def include(self, others: Callable[[], Iterable[Metric]]) -> None:
+        """Export somebody else's metrics beside these from now on; where names are the same, only these."""
+        self._others = others
 
     def attach(self, engine: AsyncEngine) -> None:
         """Read the gauges from ``engine`` from now on; attaching the same engine again changes nothing."""
@@ -95,7 +100,7 @@ class Metrics:
         """The Prometheus text exposition."""
         for model in dict(self._engine.models).values() if self._engine is not None else ():
             self._start_at_zero(model)
-        return generate_latest(self._registry)
+        return generate_latest(_Merged(self._registry, self._others))
 
     def _start_at_zero(self, model: ModelInfo) -> None:
         """Export a model's series before anything has happened: a rate needs the first step from 0."""
@@ -104,6 +109,20 @@ class Metrics:
         self._latency.touch(model.name)
         if model.steering is not None:
             self._steered.labels(model.name)
+
+
+class _Merged:
+    """A registry's metrics, then those of ``others`` whose names it does not have; what ``generate_latest`` reads."""
+
+    def __init__(self, registry: CollectorRegistry, others: Callable[[], Iterable[Metric]]) -> None:
+        self._registry, self._others = registry, others
+
+    def collect(self) -> Iterator[Metric]:
+        seen = set[str]()
+        for metric in (*self._registry.collect(), *self._others()):
+            if metric.name not in seen:
+                seen.add(metric.name)
+                yield metric
 
 
 class _TokenMetrics:

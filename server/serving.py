@@ -19,6 +19,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -27,6 +28,9 @@ from paceline.server.config import PacelineConfig, ServerConfig, resolve
 from paceline.server.engine.interface import AsyncEngine
 from paceline.server.errors import UserError
 from paceline.server.log import configure_logging
+
+if TYPE_CHECKING:
+    from paceline.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +52,28 @@ def serve(config: PacelineConfig) -> int:
     with listen(config.server.host, config.server.port) as listener:
         from paceline.server.api.app import create_app
         from paceline.server.api.settings import ApiSettings
-        from paceline.server.engine.build import build_engine
         from paceline.server.metrics import Metrics
 
         config = resolve(config)
         metrics = Metrics()
-        engine = build_engine(config, metrics)
+        engine = _engine(config, metrics)
         settings = ApiSettings(
             api_keys=config.server.api_keys,
             admin_keys=config.server.admin_keys,
             allow_unknown_fields=config.server.allow_unknown_fields,
         )
         return run(create_app(engine, settings, metrics), engine, config.server, listener)
+
+
+def _engine(config: PacelineConfig, metrics: "Metrics") -> AsyncEngine:
+    """The engine that the configuration names; nothing of the other is imported."""
+    if config.engine.kind == "vllm":
+        from paceline.server.backends.vllm.build import build_vllm
+
+        return build_vllm(config, metrics)
+    from paceline.server.engine.build import build_engine
+
+    return build_engine(config, metrics)
 
 
 def run(app: ASGIApp, engine: AsyncEngine, config: ServerConfig, listener: socket.socket) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from paceline.draftmodels.artifact import complete_or_nothing, copy_tokenizer, write_checkpoint
+from paceline.server.models.folders import complete_or_nothing, copy_tokenizer, write_checkpoint
 from paceline.draftmodels.finetune.arithmetic import DTYPES
 from paceline.draftmodels.finetune.decoder import Decoder
 from paceline.server.errors import ArtifactError

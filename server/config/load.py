@@ -9,7 +9,7 @@ models in the file they are refused, as it would be unclear which one is meant.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from paceline.server.config.schema import (
 )
 from paceline.server.config.steering import read_steering
 from paceline.server.config.values import convert, nearest
+from paceline.server.config.vllm import check_vllm, engine_arguments, model_arguments, read_arguments
 from paceline.server.errors import ConfigError
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
@@ -67,7 +68,7 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, o
     Raises:
         ConfigError: unknown key, wrong type, value out of range, or keys that contradict each other.
     """
-    shared, models = _read_file(path) if path is not None else ({}, [])
+    shared, models, vllm = _read_file(path) if path is not None else ({}, [], {})
     above = _env_layer(env) | _flag_layer(flags)
     shared |= {spot: value for spot, value in above.items() if spot[0] not in _MODEL_SECTIONS}
     for_model = {spot: value for spot, value in above.items() if spot[0] in _MODEL_SECTIONS}
@@ -82,10 +83,15 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, o
         for index, model in enumerate(models)
     )
     _check_names(specs, path)
+    engine = EngineConfig(**_section(shared, "engine"))
+    if engine.kind == "vllm":
+        check_vllm(engine, specs, _given(models[0].layer | for_model, "speculation"))
+        vllm = engine_arguments(_given(shared, "engine"), vllm)
+        vllm = model_arguments(specs[0], vllm, _spot(path, 0))
+    elif vllm:
+        raise ConfigError(f'{path}:engine.vllm: read with engine.kind = "vllm" only; leave one of the two out')
     return PacelineConfig(
-        server=ServerConfig(**_section(shared, "server")),
-        engine=EngineConfig(**_section(shared, "engine")),
-        models=specs,
+        server=ServerConfig(**_section(shared, "server")), engine=replace(engine, vllm=vllm), models=specs
     )
 
 
@@ -99,6 +105,11 @@ def _section(layer: _Layer, section: Section) -> dict[str, Any]:
     return {name: entry.value for (part, name), entry in layer.items() if part == section}
 
 
+def _given(layer: _Layer, section: Section) -> dict[str, tuple[Any, str]]:
+    """What somebody set in a section, and where."""
+    return {name: (entry.value, entry.place) for (part, name), entry in layer.items() if part == section}
+
+
 def _spot(path: Path | None, index: int) -> str:
     return f"{path}:models[{index}]" if path is not None else "MODEL"
 
@@ -106,18 +117,22 @@ def _spot(path: Path | None, index: int) -> str:
 # ---- file
 
 
-def _read_file(path: Path) -> tuple[_Layer, list[_FileModel]]:
+def _read_file(path: Path) -> tuple[_Layer, list[_FileModel], dict[str, Any]]:
+    """Its keys, its models, and its arguments for vLLM."""
     tables = _parse(path)
     shared: _Layer = {}
     models: list[_FileModel] = []
+    vllm: dict[str, Any] = {}
     for name, table in tables.items():
+        if name == "engine" and isinstance(table, dict) and "vllm" in table:
+            vllm = read_arguments(table.pop("vllm"), f"{path}:engine.vllm")
         if name in ("server", "engine"):
             shared |= _table(table, "server" if name == "server" else "engine", f"{path}:{name}")
         elif name == "models":
             models = _read_models(table, path)
         else:
             raise ConfigError(f"{path}:{name}: unknown key; {nearest(name, ['server', 'engine', 'models'])}")
-    return shared, models
+    return shared, models, vllm
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -160,7 +175,7 @@ def _file_hint(name: str, section: Section) -> str:
     elsewhere = [key for key in keys() if key.name == name and key.section != section]
     if elsewhere:
         return f'did you mean "{_table_name(elsewhere[0])}.{name}"?'
-    nested = ["speculation", "steering"] if section == "model" else []
+    nested = {"model": ["speculation", "steering"], "engine": ["vllm"]}.get(section, [])
     return nearest(name, [*section_keys(section), *nested])
 
 

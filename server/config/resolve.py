@@ -18,6 +18,8 @@ def resolve(config: PacelineConfig, machine: Machine | None = None) -> PacelineC
     Raises:
         ConfigError: CUDA is asked for where there is none.
     """
+    if config.engine.kind == "vllm":  # which finds out about the machine itself
+        return config
     machine = machine or Machine()
     device = _device(config.engine, machine)
     threads = config.engine.threads or machine.usable_cores

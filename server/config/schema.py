@@ -58,7 +58,6 @@ class EngineConfig:
         "Which engine runs the models.",
         "native",
         flag="--engine",
-        refused={"vllm": f'{_LATER}; use "native"'},
     )
     device: Literal["auto", "cpu", "cuda"] = key_field(
         "Where to run; auto takes CUDA if there is one.", "auto"
@@ -69,6 +68,8 @@ class EngineConfig:
     max_running: int = key_field("Sequences that run at the same time.", 64, low=1)
     block_size: int = key_field("Tokens per KV block.", 16, low=1, high=1024)
     prefix_caching: bool = key_field("Reuse the KV cache of equal prompt beginnings.", True)
+    #: Arguments of vLLM's engine, from ``[engine.vllm]`` and from the keys above (``config.vllm``).
+    vllm: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

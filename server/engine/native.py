@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.interface import EngineState, EventStream, Load, ModelInfo
 from paceline.server.engine.request import Request, TokenEvent
+from paceline.server.engine.stream import QueueStream
 from paceline.server.errors import (
     EngineError,
     InvalidRequestError,
@@ -61,7 +62,7 @@ class NativeEngine:
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
         self._inbox: deque[_Submit | _Cancel] = deque()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, QueueStream] = {}
         self._loads: Mapping[str, Load] = {}
         self._kv_usage = 0.0
         self._stopping = False
@@ -104,7 +105,7 @@ class NativeEngine:
             )
         assert self._engine is not None
         self._engine.check(request)
-        stream = _Stream(self, request.id, request.n)
+        stream = QueueStream(lambda: self.cancel(request.id), request.n)
         with self._wake:
             if request.id in self._streams:
                 raise InvalidRequestError(f"request id {request.id!r} is already in use")
@@ -188,7 +189,7 @@ class NativeEngine:
 
     def _deliver(self, events: list[tuple[str, TokenEvent]]) -> None:
         """Hand a step's events to their streams, one wake-up per event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[QueueStream, TokenEvent]]] = {}
         for request_id, event in events:
             stream = self._streams.get(request_id)
             if stream is not None:
@@ -203,40 +204,7 @@ class NativeEngine:
             _call(stream.loop, stream.put, error)
 
 
-class _Stream:
-    """One request's events on its asyncio side; ends after the last choice's final event."""
-
-    def __init__(self, engine: NativeEngine, request_id: str, choices: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._engine, self._request_id, self._open_choices = engine, request_id, choices
-        self._queue: asyncio.Queue[TokenEvent | PacelineError] = asyncio.Queue()
-
-    def put(self, item: TokenEvent | PacelineError) -> None:
-        self._queue.put_nowait(item)
-
-    def __aiter__(self) -> "_Stream":
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if not self._open_choices:
-            raise StopAsyncIteration
-        item = await self._queue.get()
-        if isinstance(item, PacelineError):
-            self._open_choices = 0
-            raise item
-        if item.finish_reason is not None:
-            self._open_choices -= 1
-            if not self._open_choices:
-                self._engine.cancel(self._request_id)
-        return item
-
-    async def aclose(self) -> None:
-        """Stop listening; cancels the request if it still runs."""
-        self._open_choices = 0
-        self._engine.cancel(self._request_id)
-
-
-def _put_all(pairs: list[tuple[_Stream, TokenEvent]]) -> None:
+def _put_all(pairs: list[tuple[QueueStream, TokenEvent]]) -> None:
     for stream, event in pairs:
         stream.put(event)
 

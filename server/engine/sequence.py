@@ -11,9 +11,9 @@ from typing import Any
 
 from paceline.server.decoding.mixture import Mixture
 from paceline.server.decoding.policy import History
-from paceline.server.engine.detokenizer import IncrementalDetokenizer, StopChecker
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.engine.kv_blocks import BlockTable, MemberLayout
+from paceline.server.engine.output_text import OutputText
 from paceline.server.engine.request import FinishReason, Request, SpeculationStats, TokenLogprob
 
 _arrivals = itertools.count()
@@ -107,10 +107,8 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.speculation = SpeculationCounter()
         self.timing = Timing()
-        self._eos = frozenset() if self.sampling.ignore_eos else tokenizer.eos_ids
-        self.masked_until_min_tokens = tuple(sorted(self._eos | set(self.sampling.stop_token_ids)))
-        self._detokenizer = IncrementalDetokenizer(tokenizer, continues=request.continues_text)
-        self._stops = StopChecker(self.sampling.stop)
+        self._text = OutputText(request, tokenizer, max_tokens=self.max_tokens)
+        self.masked_until_min_tokens = tuple(sorted(self._text.stop_ids))
 
     @property
     def verifying(self) -> list[tuple[BlockTable, list[int]]]:
@@ -189,32 +187,12 @@ class Sequence:
             kept.append(token)
             for _, tokens in self.verifying:
                 tokens.append(token)
-            text += self._take_text(token)
+            text += self._text.take(token)
+            self.finish_reason = self._text.finish_reason
             if self.finish_reason is not None:
                 break
         self.timing.tokens(len(kept))
         return Committed(tuple(kept), text)
-
-    def _take_text(self, token: int) -> str:
-        if token in self._eos or token in self.sampling.stop_token_ids:
-            return self._finish("stop")
-        text, hit = self._push(self._detokenizer.push([token]))
-        if hit:
-            self.finish_reason = "stop"
-        elif self.output_tokens >= self.max_tokens:
-            text += self._finish("length")
-        return text
-
-    def _push(self, text: str) -> tuple[str, bool]:
-        if self.output_tokens < self.sampling.min_tokens:
-            return text, False
-        return self._stops.push(text)
-
-    def _finish(self, reason: FinishReason) -> str:
-        """Release what was held back; a stop string completed by it counts as a stop."""
-        text, hit = self._push(self._detokenizer.flush())
-        self.finish_reason = "stop" if hit else reason
-        return text if hit else text + self._stops.flush()
 
     def finish_empty(self) -> None:
         """End a sequence that was only scored (``max_tokens`` 0)."""
@@ -242,6 +220,10 @@ class Timing:
     def start(self) -> None:
         """The choice was scheduled (kept from the first time on)."""
         self.started = self.started or time.monotonic()
+
+    def elapsed(self) -> float:
+        """Since it arrived."""
+        return time.monotonic() - self.arrived
 
     def tokens(self, count: int) -> None:
         """``count`` tokens were committed now; a step's gap is spread evenly over its tokens."""
