@@ -8,7 +8,7 @@ from typing import Final
 
 from paceline.server.api.prompts import check_vocabulary
 from paceline.server.api.schemas import MAX_STOP_CHARS, GenerationBody, SpeculationBody
-from paceline.server.engine.interface import ModelInfo, check_lenience
+from paceline.server.engine.interface import ModelInfo, check_lenience, native_only
 from paceline.server.engine.request import SamplingParams, SpeculationParams
 from paceline.server.errors import ContextLengthError, InvalidRequestError
 
@@ -90,6 +90,8 @@ def speculation_params(wish: SpeculationBody | None, model: ModelInfo, *, seeded
     """
     if wish is None:
         return SpeculationParams()
+    if model.engine != "native" and wish.draft not in (None, *model.drafts):
+        raise native_only("speculation.draft")
     if wish.draft is not None and wish.draft not in model.drafts:
         raise InvalidRequestError(
             f"The model '{model.name}' has no draft of this name; it has: {_listing(model.drafts)}.",

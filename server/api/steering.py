@@ -4,7 +4,7 @@ Pure functions; every refusal names the field.
 """
 
 from paceline.server.api.schemas import SteeringBody
-from paceline.server.engine.interface import ModelInfo, check_strengths
+from paceline.server.engine.interface import ModelInfo, check_strengths, native_only
 from paceline.server.engine.member_prompts import Strengths
 from paceline.server.errors import InvalidRequestError
 
@@ -18,6 +18,8 @@ def strengths_of(wish: SteeringBody | None, model: ModelInfo) -> Strengths:
     """
     if wish is None:
         return {}
+    if model.engine != "native":
+        raise native_only("steering")
     given = {name: value for name, value in (("alpha", wish.alpha), ("beta", wish.beta)) if value is not None}
     if len(given) + (wish.weights is not None) != 1:
         raise _bad("'steering' takes exactly one of 'alpha', 'beta' and 'weights'.")

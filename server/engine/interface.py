@@ -84,7 +84,7 @@ class ModelInfo:
     """A served model as clients may know it.
 
     ``drafts`` are the proposer names a request may choose; ``default_draft`` is None when speculation is off by
-    default. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
+    default. ``engine`` is what runs it. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
     formats or engine change. ``weights_keys`` name the weights that run, the target's first: hash, format and kernels.
     """
 
@@ -100,12 +100,24 @@ class ModelInfo:
     system_fingerprint: str = ""
     weights_keys: tuple[str, ...] = ()
     steering: SteeringInfo | None = None
+    engine: Literal["native", "vllm"] = "native"
+
+
+def native_only(field: str) -> InvalidRequestError:
+    """What a client is told that asks another engine for something that only the native one does."""
+    return InvalidRequestError(
+        f"'{field}' cannot be honoured: this server runs vLLM, and only the native engine does that; leave it out.",
+        param=field,
+        code="native_engine_only",
+    )
 
 
 def check_lenience(lenience: float, model: ModelInfo, *, seeded: bool) -> None:
     """Raise InvalidRequestError for a ``speculation.lenience`` that the model or the request's seed rules out."""
     if lenience == 1:
         return
+    if model.engine != "native":
+        raise native_only("speculation.lenience")
     if lenience < model.min_lenience:
         allowed = "is exact" if model.min_lenience == 1 else f"allows {model.min_lenience:g} at the least"
         raise InvalidRequestError(

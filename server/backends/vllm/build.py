@@ -5,6 +5,7 @@ Imports vLLM only when the engine starts, and then through ``connect``.
 
 import hashlib
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
         UserError: arguments that vLLM does not take, a model that cannot be found or loaded.
     """
     _set_environment(config.engine)
+    # Inherited by vLLM's processes: Ctrl-C reaches everything in the terminal, and they would leave before draining is over.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     from paceline.server.backends.vllm import connect
 
     connect.check_names(config.engine.vllm, _PLACE)
@@ -73,6 +76,7 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
         drafts=() if speculation is None else (speculation.name,),
         default_draft=None if speculation is None else speculation.name,
         max_draft_tokens=0 if speculation is None else spec.speculation.max_draft_tokens,
+        engine="vllm",
         system_fingerprint=_fingerprint(path, version, str(llm.model_config.dtype)),
     )
     return Connected(

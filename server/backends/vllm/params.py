@@ -8,11 +8,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from paceline.server.engine.interface import ModelInfo
+from paceline.server.engine.interface import ModelInfo, check_lenience, native_only
 from paceline.server.engine.request import Request
 from paceline.server.errors import ContextLengthError, InvalidRequestError
-
-_NATIVE = "this server runs vLLM, and only the native engine does that"
 
 
 def sampling_arguments(request: Request, choice: int, stop_ids: frozenset[int]) -> Mapping[str, Any]:
@@ -59,22 +57,21 @@ def check_request(request: Request, model: ModelInfo) -> None:
             code="context_length_exceeded",
         )
     if request.steering.strengths or request.steering.prompts:
-        raise _native_only("steering")
+        raise native_only("steering")
     _check_speculation(request, model)
 
 
 def _check_speculation(request: Request, model: ModelInfo) -> None:
     wish = request.speculation
-    if wish.lenience != 1:
-        raise _native_only("speculation.lenience")
+    check_lenience(wish.lenience, model, seeded=request.sampling.seed is not None)
     if wish.draft not in (None, model.default_draft):
-        raise _native_only("speculation.draft")
+        raise native_only("speculation.draft")
     if model.default_draft is None:
         return
     if not wish.enabled:
-        raise _native_only("speculation.enabled")
+        raise native_only("speculation.enabled")
     if wish.max_draft_tokens not in (None, model.max_draft_tokens):
-        raise _native_only("speculation.max_draft_tokens")
+        raise native_only("speculation.max_draft_tokens")
     for name in ("min_p", "logit_bias"):
         if getattr(request.sampling, name):
             raise InvalidRequestError(
@@ -83,9 +80,3 @@ def _check_speculation(request: Request, model: ModelInfo) -> None:
                 param=name,
                 code="native_engine_only",
             )
-
-
-def _native_only(field: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"'{field}' cannot be honoured: {_NATIVE}; leave it out.", param=field, code="native_engine_only"
-    )
