@@ -120,7 +120,7 @@ def position(token: int, top: int) -> dict[int, SimpleNamespace]:
 
 
 async def ready_engine(
-    llm: FakeLlm, observer: EngineObserver | None = None, *, max_queued: int = 8, **about: Any
+    llm: FakeLlm, observer: EngineObserver | None = None, *, max_queued: int = 8, greedy_only: bool = False, **about: Any
 ) -> VllmEngine:
     """An engine over ``llm`` that runs two choices at a time; ``about`` is of its model."""
     observer = observer or Metrics()
@@ -134,6 +134,7 @@ async def ready_engine(
         lambda error: isinstance(error, ClientError),
         max_running=2,
         watch=watch,
+        greedy_only=greedy_only,
     )
     engine = VllmEngine(lambda: connected, observer, max_queued_requests=max_queued, kill=lambda: None)
     await engine.start()

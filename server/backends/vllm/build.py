@@ -7,6 +7,7 @@ import hashlib
 import os
 import signal
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
         UserError: arguments that vLLM does not take, a model that cannot be found or loaded.
     """
     _set_environment(config.engine)
-    # Inherited by vLLM's processes: Ctrl-C reaches everything in the terminal, and they would leave before draining is over.
+    # Inherited by vLLM's processes: Ctrl-C reaches everything in the terminal, and they would leave before draining is
+    # over. The resource tracker must be there already, as starting it unblocks the signal again.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     from paceline.server.backends.vllm import connect
 
@@ -63,7 +66,7 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
     spec = config.models[0]
     path = _target(spec)
     tokenizer = load_tokenizer(path)
-    speculation = find_speculation(spec, path, tokenizer)
+    speculation = find_speculation(spec, path, tokenizer, device=connect.device_type())
     watch = StepWatch(spec.name, metrics)
     llm = connect.start(_arguments(config, path, speculation), watch.record)
     metrics.include(connect.metrics)
@@ -86,6 +89,7 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
         connect.is_client_error,
         llm.vllm_config.scheduler_config.max_num_seqs,
         watch,
+        greedy_only=speculation is not None and speculation.greedy_only,
     )
 
 

@@ -66,6 +66,7 @@ class Connected:
         is_client_error: whether an exception of ``generate`` says that the request is at fault.
         max_running: choices that vLLM runs at the same time; more are waiting.
         watch: what it told of its last steps.
+        greedy_only: see ``params.check_request``.
     """
 
     llm: Llm
@@ -74,6 +75,7 @@ class Connected:
     is_client_error: Callable[[Exception], bool]
     max_running: int
     watch: StepWatch
+    greedy_only: bool = False
 
 
 class VllmEngine:
@@ -140,7 +142,7 @@ class VllmEngine:
     def submit(self, request: Request) -> EventStream:
         """See ``AsyncEngine.submit``."""
         connected = self._require_ready()
-        self._check(request, connected.model)
+        self._check(request, connected)
         stream = QueueStream(lambda: self.cancel(request.id), request.n)
         self._streams[request.id] = stream
         self._open_choices += request.n
@@ -192,10 +194,10 @@ class VllmEngine:
         assert self._connected is not None
         return self._connected
 
-    def _check(self, request: Request, model: ModelInfo) -> None:
-        if request.model != model.name:
+    def _check(self, request: Request, connected: Connected) -> None:
+        if request.model != connected.model.name:
             raise UnknownModelError(f"the model {request.model!r} is not served here", param="model")
-        check_request(request, model)
+        check_request(request, connected.model, greedy_only=connected.greedy_only)
         if request.id in self._streams:
             raise InvalidRequestError(f"request id {request.id!r} is already in use")
         waiting = self._waiting()

@@ -45,8 +45,12 @@ def choice_seed(seed: int, choice: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big") >> 1
 
 
-def check_request(request: Request, model: ModelInfo) -> None:
-    """Raise InvalidRequestError for what can never run."""
+def check_request(request: Request, model: ModelInfo, *, greedy_only: bool = False) -> None:
+    """Raise InvalidRequestError for what can never run.
+
+    Args:
+        greedy_only: whether vLLM would sample wrongly (``Speculation.greedy_only``).
+    """
     needed = len(request.prompt_ids) + max(1, request.sampling.max_tokens)
     if not request.prompt_ids:
         raise InvalidRequestError("the prompt is empty", param="prompt")
@@ -58,6 +62,14 @@ def check_request(request: Request, model: ModelInfo) -> None:
         )
     if request.steering.strengths or request.steering.prompts:
         raise native_only("steering")
+    if greedy_only and request.sampling.temperature > 0:
+        raise InvalidRequestError(
+            "'temperature' above 0 is not available: this server runs vLLM on a CPU with a draft, and this version of "
+            "vLLM samples wrongly there; ask with 'temperature': 0, serve it with --draft none, or use the native "
+            "engine.",
+            param="temperature",
+            code="native_engine_only",
+        )
     _check_speculation(request, model)
 
 

@@ -6,7 +6,7 @@ bf16 folder that is made of the artifact once (``models.standalone``); n-grams a
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +35,43 @@ _MOST_HASHED_BYTES = 8 * 2**30
 
 @dataclass(frozen=True)
 class Speculation:
-    """``name`` is what clients may call it, ``config`` vLLM's ``speculative_config``."""
+    """``name`` is what clients may call it, ``config`` vLLM's ``speculative_config``.
+
+    ``greedy_only``: sampled requests cannot be served beside it.
+    """
 
     name: str
     config: Mapping[str, Any]
+    greedy_only: bool = False
 
 
-def find_speculation(spec: ModelSpec, target: Path, tokenizer: Tokenizer) -> Speculation | None:
+def find_speculation(
+    spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, device: str
+) -> Speculation | None:
     """How a model is to speculate; None for not at all.
 
     Args:
         target: folder or file of the model.
         tokenizer: of the model.
+        device: what vLLM runs on.
 
     Raises:
         UserError: a draft that cannot be found, does not fit or has no form that vLLM loads.
     """
+    found = _find(spec, target, tokenizer, greedy_only=device == "cpu")
+    # vLLM 0.32 on CPU expands temperature, top_k and top_p of the rows that it verifies into a copy and reads memory
+    # that nobody wrote: sampled text beside any draft is noise, and top_k ends the engine.
+    return None if found is None else replace(found, greedy_only=device == "cpu")
+
+
+def _find(
+    spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, greedy_only: bool
+) -> Speculation | None:
     name, length = spec.speculation.draft, spec.speculation.max_draft_tokens
     if name is None:
         return None
-    if name == AUTO_DRAFT:
-        return _automatic(target, tokenizer, length)
+    if name == AUTO_DRAFT:  # nobody asked for a draft that would rule out sampling
+        return None if greedy_only else _automatic(target, tokenizer, length)
     if name == EXPERT_DRAFT:
         raise ConfigError('models.speculation.draft: "expert" is steering, which only the native engine does')
     if name == NGRAM:
