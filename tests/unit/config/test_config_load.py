@@ -192,7 +192,6 @@ def test_an_unknown_variable_or_flag_names_the_nearest_known() -> None:
         ("[engine]\nkv_cache_gib = 0", 'engine.kv_cache_gib: expected a number above 0 or "auto", got 0'),
         ("[engine]\ndevice = 'gpu'", 'engine.device: expected "auto", "cpu" or "cuda", got "gpu"'),
         ("[engine]\nthreads = 0", 'engine.threads: expected a whole number from 1 to 1024 or "auto", got 0'),
-        ("[engine]\nkind = 'vllm'", 'engine.kind: "vllm" is not available in this version; use "native"'),
         ("server = 3", "server: expected a table, got 3"),
         ("models = 3", "models: write one [[models]] table per model"),
         ("[models]\ntarget = 'a'", "models: write one [[models]] table per model"),
