@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.draftmodels.artifact import check_output
-from paceline.server.models.folders import complete_or_nothing, copy_tokenizer, write_checkpoint
 from paceline.draftmodels.provenance import provenance
 from paceline.server.errors import ConfigError
+from paceline.server.models.folders import complete_or_nothing, copy_tokenizer, write_checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -10,14 +10,32 @@ from types import SimpleNamespace
 from typing import Any
 
 from fake_engine import EOS_ID, VOCAB_SIZE, model_info
+
 from paceline.server.backends.vllm.engine import Connected, VllmEngine
 from paceline.server.backends.vllm.step_watch import StepWatch
 from paceline.server.engine.interface import EngineObserver
 from paceline.server.metrics import Metrics
 
 FIELDS = {
-    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "min_tokens", "stop_token_ids", "ignore_eos", "seed"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "prompt_logprobs"),
+    *(
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "min_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "seed",
+    ),
+    *(
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "logprobs",
+        "prompt_logprobs",
+    ),
     "detokenize",
 }
 
@@ -120,7 +138,12 @@ def position(token: int, top: int) -> dict[int, SimpleNamespace]:
 
 
 async def ready_engine(
-    llm: FakeLlm, observer: EngineObserver | None = None, *, max_queued: int = 8, greedy_only: bool = False, **about: Any
+    llm: FakeLlm,
+    observer: EngineObserver | None = None,
+    *,
+    max_queued: int = 8,
+    greedy_only: bool = False,
+    **about: Any,
 ) -> VllmEngine:
     """An engine over ``llm`` that runs two choices at a time; ``about`` is of its model."""
     observer = observer or Metrics()

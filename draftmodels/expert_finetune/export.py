@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from paceline.server.models.folders import complete_or_nothing, copy_tokenizer, write_checkpoint
 from paceline.draftmodels.finetune.arithmetic import DTYPES
 from paceline.draftmodels.finetune.decoder import Decoder
 from paceline.server.errors import ArtifactError
+from paceline.server.models.folders import complete_or_nothing, copy_tokenizer, write_checkpoint
 from paceline.server.models.manifest import Base, Manifest, read_manifest, write_manifest
 
 _HF_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

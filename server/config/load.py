@@ -89,7 +89,9 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, o
         vllm = engine_arguments(_given(shared, "engine"), vllm)
         vllm = model_arguments(specs[0], vllm, _spot(path, 0))
     elif vllm:
-        raise ConfigError(f'{path}:engine.vllm: read with engine.kind = "vllm" only; leave one of the two out')
+        raise ConfigError(
+            f'{path}:engine.vllm: read with engine.kind = "vllm" only; leave one of the two out'
+        )
     return PacelineConfig(
         server=ServerConfig(**_section(shared, "server")), engine=replace(engine, vllm=vllm), models=specs
     )

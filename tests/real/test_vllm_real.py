@@ -46,7 +46,9 @@ def served(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture
 def client(served: ServedProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=served.url + "/v1", api_key="x", max_retries=0, timeout=PATIENCE_SECONDS) as made:
+    with openai.OpenAI(
+        base_url=served.url + "/v1", api_key="x", max_retries=0, timeout=PATIENCE_SECONDS
+    ) as made:
         yield made
 
 
@@ -137,5 +139,3 @@ def test_an_independent_draft_changes_no_greedy_text(target: Path, tmp_path: Pat
         assert sampled.status_code == 400  # vLLM would answer noise
         process.drained()
         assert process.ends() == 0
-
-

@@ -43,9 +43,7 @@ def build_vllm(config: PacelineConfig, metrics: Metrics) -> VllmEngine:
 
         kill_processes()
 
-    return VllmEngine(
-        connect, metrics, max_queued_requests=config.server.max_queued_requests, kill=kill
-    )
+    return VllmEngine(connect, metrics, max_queued_requests=config.server.max_queued_requests, kill=kill)
 
 
 def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connected:

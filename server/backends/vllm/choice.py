@@ -125,14 +125,14 @@ class Choice:
         if found is not None:
             histogram = tuple(found.histogram)
             accepted = sum(length * count for length, count in enumerate(histogram))
-            self._speculation = SpeculationStats(
-                sum(histogram), found.num_draft_tokens, accepted, histogram
-            )
+            self._speculation = SpeculationStats(sum(histogram), found.num_draft_tokens, accepted, histogram)
 
 
 def _entry(token: int, position: Mapping[int, Logprob] | None, top: int) -> TokenLogprob:
     """One token's entry; the lower id first among equals, as the native engine has it."""
     if position is None:
         return TokenLogprob(token, None)
-    ranked = sorted(((i, found.logprob) for i, found in position.items()), key=lambda pair: (-pair[1], pair[0]))
+    ranked = sorted(
+        ((i, found.logprob) for i, found in position.items()), key=lambda pair: (-pair[1], pair[0])
+    )
     return TokenLogprob(token, position[token].logprob, tuple(ranked[:top]))

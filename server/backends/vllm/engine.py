@@ -107,7 +107,11 @@ class VllmEngine:
     @property
     def state(self) -> EngineState:
         """Current life-cycle state; "failed" as soon as an engine core has died."""
-        if self._state in ("ready", "draining") and self._connected is not None and self._connected.llm.errored:
+        if (
+            self._state in ("ready", "draining")
+            and self._connected is not None
+            and self._connected.llm.errored
+        ):
             self._state = "failed"
         return self._state
 
@@ -202,7 +206,9 @@ class VllmEngine:
             raise InvalidRequestError(f"request id {request.id!r} is already in use")
         waiting = self._waiting()
         if waiting >= self._max_queued:
-            raise QueueFullError(f"{waiting} requests are waiting already; try again later", retry_after_seconds=1)
+            raise QueueFullError(
+                f"{waiting} requests are waiting already; try again later", retry_after_seconds=1
+            )
 
     def _waiting(self) -> int:
         """Choices that vLLM says are waiting, or that are too many to run, be it that it has not seen them yet."""
@@ -263,5 +269,3 @@ def _as_ours(error: Exception, is_client_error: Callable[[Exception], bool]) -> 
         return InvalidRequestError(f"vLLM refuses the request: {' '.join(str(error).split())}")
     _log.error("vLLM failed a request", exc_info=error)
     return EngineError(f"{type(error).__name__}: {error}")
-
-

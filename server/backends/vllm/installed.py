@@ -25,7 +25,7 @@ def installed_vllm(version_of: Callable[[str], str] = version) -> str:
         low, high = SUPPORTED
         if not low <= _numbers(found) < high:
             raise UserError(
-                f'--engine vllm: {name} {found} is installed, but this version works with {_range()}; install one of '
+                f"--engine vllm: {name} {found} is installed, but this version works with {_range()}; install one of "
                 f'those (pip install "{name}{_range()}"), or use --engine native'
             )
         return found

@@ -64,9 +64,7 @@ def find_speculation(
     return None if found is None else replace(found, greedy_only=device == "cpu")
 
 
-def _find(
-    spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, greedy_only: bool
-) -> Speculation | None:
+def _find(spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, greedy_only: bool) -> Speculation | None:
     name, length = spec.speculation.draft, spec.speculation.max_draft_tokens
     if name is None:
         return None

@@ -43,7 +43,9 @@ class StepWatch:
 
 def _step(model: str, scheduler: Any | None, iteration: Any | None) -> StepStats:
     blocks = None if scheduler is None else scheduler.spec_decoding_stats
-    accepted = () if blocks is None else accepted_per_block(blocks.num_drafts, blocks.num_accepted_tokens_per_pos)
+    accepted = (
+        () if blocks is None else accepted_per_block(blocks.num_drafts, blocks.num_accepted_tokens_per_pos)
+    )
     cache = None if scheduler is None else scheduler.prefix_cache_stats
     return StepStats(
         model=model,

@@ -18,7 +18,9 @@ HELLO = [list(b"Hello"), list(b" you")]
 DRAFT = {"drafts": ("d",), "default_draft": "d", "max_draft_tokens": 3}
 
 
-def ask(path: str, body: dict[str, Any] | None, metrics: Metrics | None = None, **about: Any) -> httpx.Response:
+def ask(
+    path: str, body: dict[str, Any] | None, metrics: Metrics | None = None, **about: Any
+) -> httpx.Response:
     """One answer of the app over a scripted vLLM."""
 
     async def run() -> httpx.Response:
@@ -26,7 +28,9 @@ def ask(path: str, body: dict[str, Any] | None, metrics: Metrics | None = None, 
         engine = await ready_engine(FakeLlm(HELLO), observer, **about)
         transport = httpx.ASGITransport(app=create_app(engine, ApiSettings(), observer))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            answer = await (client.get(path) if body is None else client.post(path, json={"model": "fake", **body}))
+            answer = await (
+                client.get(path) if body is None else client.post(path, json={"model": "fake", **body})
+            )
         await engine.stop()
         return answer
 
@@ -34,7 +38,9 @@ def ask(path: str, body: dict[str, Any] | None, metrics: Metrics | None = None, 
 
 
 def test_chat_is_answered() -> None:
-    answer = ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}).json()
+    answer = ask(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 20}
+    ).json()
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Hello you"}
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 10
@@ -70,7 +76,10 @@ def test_sampling_is_refused_where_vllm_would_sample_wrongly() -> None:
     refused = ask("/v1/completions", {"prompt": "a", "temperature": 0.5}, greedy_only=True, **DRAFT)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "temperature"
-    assert ask("/v1/completions", {"prompt": "a", "temperature": 0}, greedy_only=True, **DRAFT).status_code == 200
+    assert (
+        ask("/v1/completions", {"prompt": "a", "temperature": 0}, greedy_only=True, **DRAFT).status_code
+        == 200
+    )
 
 
 def test_metrics_are_merged_and_carry_each_name_once() -> None:

@@ -152,7 +152,9 @@ def test_statistics_of_a_choice() -> None:
     (stats,) = seen.requests
     assert stats.finished_reason == "stop"
     assert stats.queue_seconds == 0.25
-    assert len(stats.inter_token_seconds) == len(b"Hello") + len("wörld".encode())  # the first token has no gap
+    assert len(stats.inter_token_seconds) == len(b"Hello") + len(
+        "wörld".encode()
+    )  # the first token has no gap
 
 
 def test_leaving_aborts_every_choice() -> None:

@@ -56,7 +56,9 @@ def test_ngram_is_vllms_own() -> None:
     assert not found.greedy_only
 
 
-def test_on_a_cpu_a_draft_is_for_greedy_requests_and_none_comes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_a_draft_is_for_greedy_requests_and_none_comes_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = find_speculation(spec("ngram"), Path("t"), None, device="cpu")  # type: ignore[arg-type]
     assert found is not None
     assert found.greedy_only

@@ -55,23 +55,38 @@ def test_our_keys_become_arguments_only_when_somebody_set_them(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[engine.vllm]\ntensor_parallel_size = 0", "engine.vllm.tensor_parallel_size: expected a whole number"),
+        (
+            "[engine.vllm]\ntensor_parallel_size = 0",
+            "engine.vllm.tensor_parallel_size: expected a whole number",
+        ),
         ("[engine.vllm]\ndistributed_executor_backend = 'dask'", 'expected "mp", "ray"'),
         ("[engine.vllm]\ngpu_memory_utilization = 1.5", "expected a number above 0 and at most 1"),
         ("[engine.vllm]\nenforce_eager = 1", "expected true or false"),
         ("[engine.vllm]\nmodel = 'x'", "engine.vllm.model: not yours to set: set target"),
         ("[engine.vllm]\nspeculative_config = {}", r"\[models.speculation\]"),
         ("max_running = 4\n[engine.vllm]\nmax_num_seqs = 4", "engine.vllm.max_num_seqs says the same"),
-        ("[engine.vllm]\ndtype = 'float16'\n[[models]]\ntarget = 't'\nweights = 'bf16'", "dtype says the same"),
+        (
+            "[engine.vllm]\ndtype = 'float16'\n[[models]]\ntarget = 't'\nweights = 'bf16'",
+            "dtype says the same",
+        ),
         ("[[models]]\ntarget = 't'\nweights = 'int8'", "format of the native engine"),
         ("[[models]]\ntarget = 't'\n[[models]]\ntarget = 'u'", 'one model per process.*"native"'),
         (
             "[[models]]\ntarget = 't'\n[[models.steering]]\nname = 's'\nexpert = 'e'\nanti_expert = 'self'",
             "only the native engine",
         ),
-        ("[[models]]\ntarget = 't'\n[models.speculation]\nmin_lenience = 0.5", "min_lenience: only the native"),
-        ("[[models]]\ntarget = 't'\n[models.speculation]\nverify = 'block'", "verify: block: only the native"),
-        ("[[models]]\ntarget = 't'\n[models.speculation]\npolicy = 'adaptive'", "policy: adaptive: only the native"),
+        (
+            "[[models]]\ntarget = 't'\n[models.speculation]\nmin_lenience = 0.5",
+            "min_lenience: only the native",
+        ),
+        (
+            "[[models]]\ntarget = 't'\n[models.speculation]\nverify = 'block'",
+            "verify: block: only the native",
+        ),
+        (
+            "[[models]]\ntarget = 't'\n[models.speculation]\npolicy = 'adaptive'",
+            "policy: adaptive: only the native",
+        ),
         ("[[models]]\ntarget = 't'\n[models.speculation]\nngram = true", "ngram: true: only the native"),
     ],
 )
