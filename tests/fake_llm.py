@@ -1,7 +1,7 @@
 """A stand-in for vLLM's ``AsyncLLM`` with what the adapter calls: scripted tokens as outputs, one per step.
 
-Outputs have the fields of ``vllm.outputs`` that are read; ``check`` refuses what vLLM's ``SamplingParams`` would. Tokens
-are those of ``fake_engine.ByteTokenizer``.
+Outputs have the fields of ``vllm.outputs`` that are read; ``make_params`` refuses what vLLM's ``SamplingParams`` would.
+Tokens are those of ``fake_engine.ByteTokenizer``.
 """
 
 import asyncio

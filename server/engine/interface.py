@@ -84,8 +84,9 @@ class ModelInfo:
     """A served model as clients may know it.
 
     ``drafts`` are the proposer names a request may choose; ``default_draft`` is None when speculation is off by
-    default. ``engine`` is what runs it. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
+    default. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
     formats or engine change. ``weights_keys`` name the weights that run, the target's first: hash, format and kernels.
+    ``engine`` is what runs it.
     """
 
     name: str

@@ -173,3 +173,17 @@ def imported_at_once(module: str) -> Iterator[str]:
             for child in ast.iter_child_nodes(node)
             if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         ]
+
+
+def test_one_module_imports_vllm_and_only_its_package_reaches_it() -> None:
+    users = [module for module in modules() if any(n.split(".")[0] == "vllm" for _, n in imports(module))]
+    assert users == ["paceline.server.backends.vllm.connect"]
+    own = "paceline.server.backends.vllm"
+    eager = [
+        f"{module}:{node.lineno}"
+        for module, path in modules().items()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        for _, name in imported_names(node)
+        if name.startswith(own) and (not module.startswith(own) or name == users[0])
+    ]
+    assert not eager, "imported at the top of a module, so without engine.kind being vllm"

@@ -28,8 +28,8 @@ _NGRAM_LENGTHS = (3, 2)
 #: A token is accepted with probability min(1, p/q) of the distribution q that it was drawn from: exact, whatever the
 #: draft (arXiv:2211.17192). vLLM's "greedy" drafting is exact, too, but accepts less of sampled text.
 _LOSSLESS = {"rejection_sample_method": "standard", "draft_sample_method": "probabilistic"}
-#: Targets above are not looked up among the drafts that come with Paceline: they are all of smaller ones, and the look-up
-#: reads every weight.
+#: Targets above are not looked up among the drafts that come with Paceline: those are all for smaller ones, and the
+#: look-up reads every weight.
 _MOST_HASHED_BYTES = 8 * 2**30
 
 
