@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import shlex
 import signal
@@ -151,7 +152,7 @@ class Supervisor(uvicorn.Server):
         """First signal: drain. Second: leave at once, whatever the event loop or the engine are doing."""
         self._signals += 1
         if self._signals > 1:
-            os._exit(128 + sig)
+            _leave(128 + sig)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start answering HTTP, then begin to load."""
@@ -167,7 +168,7 @@ class Supervisor(uvicorn.Server):
         assert self._loading is not None
         if self._loading.cancelled():  # the thread that loads cannot be stopped, so leave without it
             await super().shutdown(sockets)
-            os._exit(self.exit_code)
+            _leave(self.exit_code)
         drained = self._draining is not None and self._draining.done() and self._draining.result()
         if not drained:  # running requests must end first, or their connections would never close
             await self._stop_engine()
@@ -215,7 +216,7 @@ class Supervisor(uvicorn.Server):
             await asyncio.wait_for(self._engine.stop(), STOP_SECONDS)
         except TimeoutError:
             logger.error("the engine did not stop within %g seconds; leaving without it", STOP_SECONDS)
-            os._exit(self.exit_code or 1)
+            _leave(self.exit_code or 1)
 
     def _announce(self) -> None:
         url = _url(self._listener)
@@ -226,6 +227,13 @@ class Supervisor(uvicorn.Server):
         command = _curl(url, self._engine, keyed=bool(self._server.api_keys))
         sys.stdout.write(f"Paceline serves {', '.join(names)} at {url}\nTry it:\n  {command}\n")
         sys.stdout.flush()
+
+
+def _leave(code: int) -> None:
+    """End the process at once, and the processes that its engine may have: they would live on without it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(code)
 
 
 def _url(listener: socket.socket) -> str:

@@ -106,5 +106,5 @@ class _Logger:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return "; ".join(": ".join((*map(str, e["loc"]), e["msg"])) for e in error.errors())
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Draft artifacts as vLLM loads them: plain folders made once in the cache, the right method, drafts that do not fit."""
+"""Draft artifacts as vLLM loads them: plain folders made once, the right method, what does not fit."""
 
 from pathlib import Path
 

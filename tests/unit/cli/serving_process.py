@@ -6,6 +6,8 @@ how long anything takes. Arguments: the folder, ``Options`` as JSON, further arg
 
 import asyncio
 import json
+import multiprocessing
+import signal
 import sys
 import threading
 import time
@@ -25,10 +27,11 @@ from paceline.server.errors import ArtifactError, UnavailableError
 
 @dataclass(frozen=True)
 class Options:
-    """What goes wrong."""
+    """What goes wrong; ``helper``: the engine has a process of its own, whose number lands in a file of that name."""
 
     load_error: str | None = None
     stop_hangs: bool = False
+    helper: bool = False
 
 
 class SteeredEngine(FakeEngine):
@@ -71,6 +74,10 @@ class SteeredEngine(FakeEngine):
     async def start(self) -> None:
         """Loading happens on a thread that cannot be interrupted, as in the native engine."""
         self._loader.start()
+        if self._options.helper:
+            helper = multiprocessing.get_context("fork").Process(target=signal.pause)
+            helper.start()
+            (self._folder / "helper").write_text(str(helper.pid))
         while self._loader.is_alive():
             await asyncio.sleep(0.01)
         if self._options.load_error == "user":

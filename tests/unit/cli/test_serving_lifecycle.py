@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from served_process import PATIENCE_SECONDS, ServedProcess
 
@@ -133,6 +134,17 @@ def test_the_second_signal_leaves_at_once(start: Start, sig: signal.Signals, cod
         assert process.ends() == code
         with pytest.raises(httpx.RemoteProtocolError):
             list(lines)
+
+
+def test_leaving_at_once_ends_the_engines_processes_too(start: Start) -> None:
+    process = start("--drain-seconds", "1000", helper=True)
+    with running_stream(process.ready()):
+        helper = psutil.Process(int((process.folder / "helper").read_text()))
+        process.drained()
+        process.child.send_signal(signal.SIGTERM)
+        assert process.ends() == 143
+    gone, _ = psutil.wait_procs([helper], timeout=5)
+    assert gone or helper.status() == psutil.STATUS_ZOMBIE  # where nobody collects orphans
 
 
 def test_a_signal_while_loading_ends_it(start: Start) -> None:
