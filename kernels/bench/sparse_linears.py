@@ -29,7 +29,7 @@ ROWS = (1, 2, 4, 8, 16)
 #: Memory that one round of copies reads at least; above the last-level caches that we know of.
 _SPREAD_BYTES = 160 << 20
 #: One activation in a million rounds the other way, as the reciprocal of a scale may be off by its last bit.
-_TOLERANCE = 1e-3
+_TOLERANCE = 5e-4
 _READ_BYTES = 512 << 20
 
 

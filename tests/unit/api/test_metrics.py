@@ -1,13 +1,15 @@
 """The metrics of the contract: names, labels, values, and gauges read at scrape time."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 from asgi_client import AsgiClient
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, model_info
 from prometheus_client.parser import text_string_to_metric_families
 
-from paceline.server.engine.interface import RequestStats, StepStats
+from paceline.server.decoding.mixture import Pair
+from paceline.server.engine.interface import PromptView, RequestStats, SteeringInfo, StepStats
 from paceline.server.engine.request import SpeculationStats
 from paceline.server.metrics import Metrics
 
@@ -179,3 +181,13 @@ def test_served_over_http(client: AsgiClient) -> None:
     assert response.headers["content-type"].startswith("text/plain")
     names = {family.name for family in text_string_to_metric_families(response.text)}
     assert "vllm:kv_cache_usage_perc" in names
+
+
+def test_steered_choices_are_counted_and_start_at_zero() -> None:
+    pair = Pair("p", "cfg", None, 1, 1.0, (0.0, 4.0))
+    metrics = Metrics()
+    metrics.attach(FakeEngine(model_info(steering=SteeringInfo((pair,), (PromptView(),)))))
+    assert samples(metrics)["paceline:steering_requests_total"] == 0
+    metrics.on_request(REQUEST)
+    metrics.on_request(replace(REQUEST, steered=True))
+    assert samples(metrics)["paceline:steering_requests_total"] == 1
