@@ -15,7 +15,7 @@ from paceline.server.api.settings import ApiSettings
 from paceline.server.metrics import Metrics
 
 HELLO = [list(b"Hello"), list(b" you")]
-DRAFT = {"drafts": ("d",), "default_draft": "d", "max_draft_tokens": 3}
+DRAFT: dict[str, Any] = {"drafts": ("d",), "default_draft": "d", "max_draft_tokens": 3}
 
 
 def ask(
