@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Contender:
+class Contender(ABC):
     """One running process; ``async with`` starts and stops it. Subclasses know how to ask it."""
 
     def __init__(self, spec: Spec) -> None:
@@ -140,12 +141,13 @@ class Contender:
         """Let it go on where it was."""
         os.killpg(self.process.pid, signal.SIGCONT)
 
+    @abstractmethod
     async def _wait_ready(self) -> None:
-        raise NotImplementedError
+        """Return when it can be asked."""
 
+    @abstractmethod
     async def ask(self, prompt: Prompt, max_tokens: int) -> Sample:
         """One greedy request of exactly ``max_tokens`` tokens, measured; a failure is in the sample."""
-        raise NotImplementedError
 
 
 class HttpContender(Contender):

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from paceline.draftmodels.evaluate.figures import Group, Result
 from paceline.draftmodels.evaluate.setting import headline
+from paceline.draftmodels.evaluate.tables import number, plain_table
 from paceline.server.errors import ConfigError
 from paceline.server.models.verified import write_text_atomic
 
@@ -59,18 +59,8 @@ def print_report(console: Console, setting: Mapping[str, Any], results: Sequence
 
 def _table(result: Result) -> Table:
     """One row per category and one for everything."""
-    title = f"T = {result.temperature:g}"
-    table = Table(
-        box=box.SIMPLE,
-        title=title,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("category")
-    for name in ("n", "tokens", "alpha", "tau", "tau~", "accepted", "off t/s", "on t/s", "speed-up"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("n", "tokens", "alpha", "tau", "tau~", "accepted", "off t/s", "on t/s", "speed-up")
+    table = plain_table(f"T = {result.temperature:g}", *names, rows="category")
     shown = result.categories if len(result.categories) > 1 else {}
     for name, group in shown.items():
         table.add_row(name, *_cells(group))
@@ -83,7 +73,7 @@ def _table(result: Result) -> Table:
 def _cells(group: Group) -> Iterator[str]:
     own, speed = group.acceptance, group.speed
     yield from (str(own.n_prompts), str(own.n_tokens))
-    yield from (_number(own.alpha, 3), _number(own.tau, 2), _number(own.tau_formula, 2))
+    yield from (number(own.alpha, 3), number(own.tau, 2), number(own.tau_formula, 2))
     yield "-" if own.draft_acceptance_rate is None else f"{own.draft_acceptance_rate:.0%}"
     if speed is None:
         yield from ("-", "-", "-")
@@ -110,11 +100,7 @@ def _details(result: Result) -> Iterator[str]:
 
 
 def _numbers(values: Sequence[float | None]) -> str:
-    return " ".join(_number(value, 3) for value in values)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return " ".join(number(value, 3) for value in values)
 
 
 def check_folder(folder: Path) -> None:

@@ -6,13 +6,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from paceline.draftmodels.evaluate.sparse.losses import Losses
 from paceline.draftmodels.evaluate.sparse.sizes import LayerSparsity, overall
 from paceline.draftmodels.evaluate.sparse.speed import Speed
+from paceline.draftmodels.evaluate.tables import plain_table, share
 from paceline.server.models.manifest import Manifest
 from paceline.server.models.student import KL
 
@@ -79,36 +79,21 @@ def _headline(setting: Mapping[str, Any]) -> Iterator[str]:
     yield f"weights {setting['weights']} ({loaded}), {setting['threads']} threads, {setting['cpu']}"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        box=box.SIMPLE,
-        title=title,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def _quality(found: Found) -> Table:
     own = found.losses
     parent_bytes, student_bytes = found.bytes_per_forward
-    table = _table(f"quality, {own.n_tokens} tokens", "parent", "student")
+    table = plain_table(f"quality, {own.n_tokens} tokens", "parent", "student")
     table.add_row("perplexity", f"{own.parent_perplexity:.2f}", f"{own.perplexity:.2f}")
     table.add_row("KL(parent || student), nats", "", f"{own.kl_nats:.4f}")
     table.add_row("top-1 agreement", "", f"{own.top1_agreement:.1%}")
-    table.add_row(f"{own.task} accuracy", _share(own.parent_task_accuracy), _share(own.task_accuracy))
+    table.add_row(f"{own.task} accuracy", share(own.parent_task_accuracy), share(own.task_accuracy))
     table.add_row("MB per forward", f"{parent_bytes / 1e6:.1f}", f"{student_bytes / 1e6:.1f}")
     table.add_row("sparsity of the blocks", "", f"{overall(found.layers):.1%}")
     return table
 
 
 def _speed(found: Found) -> Table:
-    table = _table("speed", "t/s", "over parent", "rounds", "same text")
+    table = plain_table("speed", "t/s", "over parent", "rounds", "same text")
     for speed in found.speeds:
         rounds = " ".join(f"{rate:.0f}" for rate in speed.rounds)
         same = "" if speed.same_text is None else "{} of {}".format(*speed.same_text)
@@ -122,7 +107,7 @@ def _speed(found: Found) -> Table:
 
 def _layers(layers: Sequence[LayerSparsity]) -> Table:
     names = list(layers[0].linears)
-    table = _table("sparsity per layer", "all", *(name.removesuffix("_proj") for name in names))
+    table = plain_table("sparsity per layer", "all", *(name.removesuffix("_proj") for name in names))
     for cells, run in groupby(layers, lambda layer: _cells(layer, names)):
         alike = [layer.layer for layer in run]
         table.add_row(str(alike[0]) if len(alike) == 1 else f"{alike[0]}-{alike[-1]}", *cells)
@@ -131,10 +116,6 @@ def _layers(layers: Sequence[LayerSparsity]) -> Table:
 
 def _cells(layer: LayerSparsity, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{share:.1%}" for share in (layer.sparsity, *(layer.linears[name] for name in names)))
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

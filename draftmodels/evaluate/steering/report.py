@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +13,7 @@ from paceline.draftmodels.evaluate.steering.outcome import Outcome
 from paceline.draftmodels.evaluate.steering.plan import STEERED, TUNED, Plan
 from paceline.draftmodels.evaluate.steering.tasks import Question
 from paceline.draftmodels.evaluate.steering.variants import BASE_LABEL
+from paceline.draftmodels.evaluate.tables import number, plain_table, share
 from paceline.draftmodels.provenance import provenance
 
 _LEGEND = """
@@ -126,10 +126,10 @@ def _notes(setting: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
 def _scores(rows: Sequence[Row]) -> Table:
     tasks = list(rows[0].tasks)
     named = tasks if len(tasks) > 1 else []
-    table = _table("answers", *named, "mean", "gap closed", "changed", "tokens", "cut")
+    table = plain_table("answers", *named, "mean", "gap closed", "changed", "tokens", "cut", many=True)
     for row in rows:
         shares = [_with_gap(row.tasks[task].share, row.tasks[task].gap_closed) for task in named]
-        cells = (f"{row.mean:.1%}", _share(row.gap_closed), _share(row.argmax_changed))
+        cells = (f"{row.mean:.1%}", share(row.gap_closed), share(row.argmax_changed))
         table.add_row(row.label, *shares, *cells, str(row.n_tokens), str(row.cut))
     return table
 
@@ -137,17 +137,17 @@ def _scores(rows: Sequence[Row]) -> Table:
 def _speeds(rows: Sequence[Row]) -> Table:
     streams = [speed.streams for speed in rows[0].speeds]
     columns = [name for count in streams for name in (f"{count} off", f"{count} on", "on/off")]
-    table = _table("speed, tokens per second", "tau", "accepted", *columns, "same")
+    table = plain_table("speed, tokens per second", "tau", "accepted", *columns, "same", many=True)
     for row in rows:
         own = row.acceptance
-        acceptance = ("-", "-") if own is None else (_number(own.tau, 2), _share(own.draft_acceptance_rate))
+        acceptance = ("-", "-") if own is None else (number(own.tau, 2), share(own.draft_acceptance_rate))
         cells = [cell for speed in row.speeds for cell in _speed(speed)]
         table.add_row(row.label, *acceptance, *cells, _same(row.speeds))
     return table
 
 
 def _speed(speed: Speed) -> tuple[str, str, str]:
-    return _number(speed.off, 1), _number(speed.on, 1), _number(speed.speedup, 2)
+    return number(speed.off, 1), number(speed.on, 1), number(speed.speedup, 2)
 
 
 def _same(speeds: Sequence[Speed]) -> str:
@@ -155,28 +155,5 @@ def _same(speeds: Sequence[Speed]) -> str:
     return f"{sum(same for same, _ in found)} of {sum(count for _, count in found)}" if found else "-"
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        box=box.SIMPLE,
-        title=title,
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table
-
-
 def _with_gap(share: float, gap: float | None) -> str:
     return f"{share:.1%}" if gap is None else f"{share:.1%} ({gap:.0%})"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

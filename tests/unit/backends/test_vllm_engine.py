@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from engines import Recorder
 from fake_engine import EOS_ID
 from fake_llm import ClientError, DeadError, FakeLlm, ready_engine
 
 from paceline.server.backends.vllm.engine import VllmEngine
-from paceline.server.engine.interface import Load, RequestStats, StepStats
+from paceline.server.engine.interface import Load
 from paceline.server.engine.request import Request, SamplingParams, SpeculationStats, TokenEvent
 from paceline.server.errors import (
     ContextLengthError,
@@ -23,20 +24,6 @@ from paceline.server.errors import (
 )
 
 HELLO = [list(b"He"), list(b"llo"), list("wörld".encode())[:2], list("wörld".encode())[2:]]
-
-
-class Recorder:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[StepStats] = []
-        self.requests: list[RequestStats] = []
-
-    def on_step(self, stats: StepStats) -> None:
-        self.steps.append(stats)
-
-    def on_request(self, stats: RequestStats) -> None:
-        self.requests.append(stats)
 
 
 def request(name: str = "r", n: int = 1, prompt: tuple[int, ...] = (1, 2, 3), **sampling: Any) -> Request:
