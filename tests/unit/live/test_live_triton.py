@@ -12,13 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
 from engines import spec
 from live_server import serve_in_thread
+from native_kernels import require_native
 from sparse_students import write_tiny_student
 
+from paceline.clients import console
 from paceline.kernels import dispatch, ops, reference_sampling
 from paceline.kernels.formats import ValueDtype
 from paceline.kernels.gpu import runtime, table
@@ -45,6 +48,11 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 #: One token of a prompt, then one per step: no product ever has more than a row.
 SINGLE_ROWS: dict[str, Any] = {"prompt": "s", "max_tokens": 4, "temperature": 0, **NO_DRAFT}
+#: Of the draft for three levers at once.
+TRAINING = (
+    "--init layers:0 --max-steps 24 --round-prompts 8 --answer-tokens 12 --batch-tokens 60 --held-out 2 "
+    "--eval-tokens 8 --eval-rounds 8 --streams 8 --threads 1 --precision fp32"
+)
 #: For the second student. 8 programs are more than its narrowest product has rows of tiles.
 TABLE = {
     "device": "cpu",
@@ -119,6 +127,13 @@ def ask(client: openai.OpenAI, model: str, **fields: Any) -> str:
     return str(answer.choices[0].text)
 
 
+def accepted(client: openai.OpenAI) -> float:
+    """Draft tokens that the server has accepted so far."""
+    page = httpx.get(str(client.base_url.join("/metrics"))).text
+    found = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (.+)$", page, re.MULTILINE)
+    return sum(map(float, found))
+
+
 def launched() -> set[str]:
     return {name for name, count in runtime.launches().items() if count}
 
@@ -162,13 +177,26 @@ def test_the_table_and_the_rows_decide_which_kernels_multiply(models: list[Any])
             assert launched() & products == wanted, (model, fields)
 
 
-def test_a_sparse_steered_model_with_a_draft_combines_by_the_kernel(
-    models: list[Any], tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def distilled(models: list[Any], tmp_path: Path) -> Path:
+    """A draft that ``train-draft`` makes for the first student."""
+    require_native()
+    words = ["one", "two three", "four", "on the sea", "here", "there it is", "is it", "at once"]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in words))
+    command = ["train-draft", models[0].target, "--prompts", str(text), "-o", str(tmp_path / "run")]
+    assert console.main([*command, *TRAINING.split()]) == 0
+    return tmp_path / "run" / "best"
+
+
+def test_a_sparse_steered_model_with_a_distilled_draft_combines_by_the_kernel(
+    models: list[Any], distilled: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All three levers in one configuration: the text of torch, and every combination is a launch of the kernel."""
     expert, anti = (tiny_checkpoint("qwen3", seed=4, num_hidden_layers=1, perturb=p) for p in (0.0, 0.4))
     pair = SteeringConfig("p", str(anti), expert=str(expert), alpha=1.4)
-    steered = replace(models[0], steering=(pair,))
+    speculation = replace(models[0].speculation, draft=str(distilled))
+    steered = replace(models[0], speculation=speculation, steering=(pair,))
     combined: list[int] = []
     real = KernelRunner.combine
 
@@ -189,6 +217,7 @@ def test_a_sparse_steered_model_with_a_draft_combines_by_the_kernel(
         expected = [ask(client, "bitmask", **fields) for fields in asked]
     with served([steered], "triton") as client:
         assert [ask(client, "bitmask", **fields) for fields in asked] == expected
+        assert accepted(client) > 0
     assert expected[0] != expected[3]
     assert len(combined) > 6
     assert set(combined) == {1}
