@@ -8,6 +8,7 @@ from paceline.kernels.formats.packed import (
     Format,
     PackedLinear,
     interleave_rows,
+    packed_bytes,
     pad_rows,
     padded,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "interleave_rows",
     "keep_at_least",
     "pack_tiles",
+    "packed_bytes",
     "pad_rows",
     "padded",
 ]

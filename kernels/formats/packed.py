@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from paceline.kernels.formats.cpu_tiles import VECTORS, expand
+from paceline.kernels.formats.cpu_tiles import TAIL_BYTES, VECTORS, expand
 
 Format = Literal["fp32", "bf16", "int8"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -33,6 +33,24 @@ def padded(n: int, to: int) -> int:
 def sparse_padding(format: Format) -> int:
     """Inputs per group of a sparse tile; rows are padded to whole groups."""
     return VECTORS * PER_LANE[format]
+
+
+def packed_bytes(out: int, width: int, format: Format, *, bias: bool = False, kept: float = 1.0) -> int:
+    """``PackedLinear.num_bytes`` of a linear that need not exist, from its shape alone.
+
+    Exact for dense weights; for sparse ones exact if ``kept`` x out x width is a whole number of values.
+
+    Args:
+        width: inputs.
+        kept: share of the weights that a sparse one keeps; 1 is a dense weight.
+    """
+    rows, element = padded(out, LANES), _ELEMENT[format].itemsize
+    beside = 4 * rows * ((format == "int8") + bias)
+    if kept == 1.0:
+        return rows * padded(width, _INPUT_PADDING[format]) * element + beside
+    masks = rows * padded(width, sparse_padding(format)) // 8
+    starts = 8 * (rows // LANES + 1)
+    return masks + round(kept * out * width) * element + TAIL_BYTES + starts + beside
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,173 @@
+"""This machine's rates for a model's shape and format, measured with the CPU kernels in a few seconds.
+
+A decoder of random weights in the model's own layer shapes, as many layers of it as a fixed size allows, runs forwards of
+1 to 64 sequences, then one of longer contexts; ``fit`` makes the roofline's parameters of the times. The engine, its
+Python and its drafts are not in them: see ``roofline.Overheads``.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from paceline.kernels.bench.ceiling import Reader
+from paceline.kernels.bench.record import times_ms
+from paceline.kernels.bench.shapes import BLOCK_TOKENS, Shape, executor, random_plan
+from paceline.kernels.bench.sparse_shapes import prune
+from paceline.kernels.cpu.executor import Executor
+from paceline.kernels.cpu.library import KernelsMissing, Pool
+from paceline.kernels.cpu.plan import DecoderPlan
+from paceline.kernels.formats import Format
+from paceline.server.errors import ConfigError
+from paceline.server.models.config import ModelConfig
+
+#: Sequences of one row each that are timed; the last one's share of computing decides the operations per second.
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+SHORT_CONTEXT, LONG_CONTEXT = 16, 512
+#: Sequences with the long context: several, as one alone cannot keep all threads busy.
+LONG_SEQUENCES = 4
+#: Weights of the probe: more than most caches, yet packed and read in a second or two.
+_MOST_BYTES = 192 << 20
+_ROUNDS, _EACH = 5, 3
+_TOKEN = 300
+#: Exponents that are tried.
+_EXPONENTS = tuple(1.0 + i / 8 for i in range(57))
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What was measured; bytes and operations per second, all threads together.
+
+    Attributes:
+        ceiling: memory read and nothing else.
+        bandwidth: weights read while one row is computed.
+        fit_error: greatest deviation of the fitted roofline from a timed forward, relative.
+    """
+
+    ceiling: float
+    bandwidth: float
+    linear_flops: float
+    attention_flops: float
+    overlap: float
+    fit_error: float
+
+
+class Point(NamedTuple):
+    """A timed forward: weight bytes, operations of its linears, seconds."""
+
+    bytes: float
+    flops: float
+    seconds: float
+
+
+class Fit(NamedTuple):
+    """Parameters of ``roofline.linears_seconds``, and the greatest relative deviation from a point."""
+
+    bandwidth: float
+    flops: float
+    overlap: float
+    error: float
+
+
+def measure(config: ModelConfig, format: Format, sparsity: float, threads: int) -> Rates:
+    """Measure; takes a few seconds.
+
+    Raises:
+        ConfigError: the kernels were not built.
+    """
+    try:
+        pool = Pool(threads)
+    except (KernelsMissing, OSError) as error:
+        raise ConfigError(
+            f"this CPU cannot be measured: {error}; give --bandwidth-gbs and --tflops instead"
+        ) from error
+    plan = _probe(config, format, sparsity, pool)
+    reader = Reader(pool, plan.bytes_per_forward)
+    blocks = LONG_CONTEXT // BLOCK_TOKENS + 1
+    model = executor(plan, pool, blocks=max(BATCHES) * blocks)
+    cases = [(n, SHORT_CONTEXT) for n in BATCHES] + [(LONG_SEQUENCES, LONG_CONTEXT)]
+    times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    for case in cases:
+        _run(model, *case)
+    for _ in range(_ROUNDS):
+        reader.read(repeats=2)
+        for case in cases:
+            times[case] += times_ms(lambda case=case: _run(model, *case), _EACH)  # type: ignore[misc]
+    seconds = {case: statistics.median(values) / 1e3 for case, values in times.items()}
+    return _rates(plan, reader.bytes_per_s, seconds)
+
+
+def fit(points: Sequence[Point]) -> Fit:
+    """The roofline nearest to timed forwards: per exponent the least squares of seconds^p, then the best exponent.
+
+    Errors count relative to the time, so that small batches weigh as much as large ones.
+
+    Args:
+        points: at least three that differ in their operations.
+    """
+    return min((_fit_with(points, p) for p in _EXPONENTS), key=lambda one: one.error)
+
+
+def _fit_with(points: Sequence[Point], p: float) -> Fit:
+    """Non-negative a, b that minimise sum (a bytes^p + b flops^p - seconds^p)^2 / seconds^2p."""
+    rows = [((q.bytes**p) / q.seconds**p, (q.flops**p) / q.seconds**p) for q in points]
+    aa, bb = sum(x * x for x, _ in rows), sum(y * y for _, y in rows)
+    ab, a1, b1 = sum(x * y for x, y in rows), sum(x for x, _ in rows), sum(y for _, y in rows)
+    determinant = aa * bb - ab * ab
+    a = (a1 * bb - b1 * ab) / determinant if determinant > 0 else 0.0
+    b = (b1 * aa - a1 * ab) / determinant if determinant > 0 else 0.0
+    if a <= 0.0:
+        a, b = 1e-9 * a1 / aa, b1 / bb
+    elif b <= 0.0:
+        a, b = a1 / aa, 1e-9 * b1 / bb
+    error = max(abs((a * x + b * y) ** (1 / p) - 1.0) for x, y in rows)
+    return Fit(a ** (-1 / p), b ** (-1 / p), p, error)
+
+
+def _probe(config: ModelConfig, format: Format, sparsity: float, pool: Pool) -> DecoderPlan:
+    """A decoder of the model's layers, fewer of them where all would be too much, and of as much of its head."""
+    shape = Shape(
+        layers=1,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab=1024,
+        qkv_bias=config.qkv_bias,
+    )
+    layer = random_plan(shape, format, pool).layers[0]
+    size = sum(linear.num_bytes for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    layers = min(config.num_layers, max(1, _MOST_BYTES // size))
+    vocab = max(1024, config.head_rows * layers // config.num_layers)
+    plan = random_plan(
+        Shape(
+            layers,
+            shape.hidden,
+            shape.ffn,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            vocab,
+            shape.qkv_bias,
+        ),
+        format,
+        pool,
+    )
+    return prune(plan, sparsity) if sparsity and format != "fp32" else plan
+
+
+def _run(model: Executor, sequences: int, context: int) -> None:
+    blocks = LONG_CONTEXT // BLOCK_TOKENS + 1
+    spans = [(i, 1, context, list(range(i * blocks, (i + 1) * blocks))) for i in range(sequences)]
+    model.forward([_TOKEN] * sequences, spans, list(range(sequences)))
+
+
+def _rates(plan: DecoderPlan, ceiling: float, seconds: dict[tuple[int, int], float]) -> Rates:
+    weights = 2 * sum(linear.out_features * linear.in_features for linear in plan.linears)
+    size = plan.bytes_per_forward
+    found = fit([Point(size, n * weights, seconds[n, SHORT_CONTEXT]) for n in BATCHES])
+    extra = seconds[LONG_SEQUENCES, LONG_CONTEXT] - seconds[LONG_SEQUENCES, SHORT_CONTEXT]
+    attended = LONG_SEQUENCES * (LONG_CONTEXT - SHORT_CONTEXT) * 4 * len(plan.layers)
+    attention = attended * plan.heads * plan.head_dim / max(extra, 1e-3 * min(seconds.values()))
+    return Rates(ceiling, found.bandwidth, found.flops, attention, found.overlap, found.error)
