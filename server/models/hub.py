@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 #: What a decoder needs: configuration, weights, tokenizer. Pickled weights are never fetched.
 SNAPSHOT_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+#: What the arithmetic of capacity needs.
+CONFIG_PATTERNS = ["config.json"]
 #: Second copies of the same weights in other layouts.
 IGNORED_PATTERNS = ["consolidated*", "original/*", "onnx/*", "openvino/*"]
 
@@ -61,10 +63,13 @@ def local_snapshot(repo: str, revision: str | None) -> Path | None:
         return None
 
 
-def snapshot(repo: str, revision: str | None) -> Path:
+def snapshot(repo: str, revision: str | None, patterns: list[str] = SNAPSHOT_PATTERNS) -> Path:
     """Folder of a repository's configuration, safetensors and tokenizer, downloaded as far as it must be.
 
     When the hub cannot be reached, a snapshot on this disk is used, and a log line says so.
+
+    Args:
+        patterns: files that are wanted.
     """
     name = f"hf:{repo}" + (f"@{revision}" if revision else "")
     if (reason := unreachable()) is not None:
@@ -73,10 +78,10 @@ def snapshot(repo: str, revision: str | None) -> Path:
             raise DownloadError(f"{name} is not on this disk and the hub cannot be reached ({reason})")
         logger.warning("the hub cannot be reached (%s): using the copy of %s on this disk", reason, name)
         return found
-    return _download_snapshot(repo, revision, name)
+    return _download_snapshot(repo, revision, name, patterns)
 
 
-def _download_snapshot(repo: str, revision: str | None, name: str) -> Path:
+def _download_snapshot(repo: str, revision: str | None, name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -94,7 +99,7 @@ def _download_snapshot(repo: str, revision: str | None, name: str) -> Path:
             repo,
             revision=revision,
             endpoint=endpoint(),
-            allow_patterns=SNAPSHOT_PATTERNS,
+            allow_patterns=patterns,
             ignore_patterns=IGNORED_PATTERNS,
         )
     except GatedRepoError as error:

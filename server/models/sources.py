@@ -57,6 +57,21 @@ def resolve(reference: str, *, cache: Path | None = None, progress: Progress | N
     raise _not_found(reference, path)
 
 
+def resolve_config(reference: str, *, cache: Path | None = None) -> Path:
+    """Where the configuration of a model is: its folder or file as ``resolve`` gives it, or a ``config.json`` itself.
+
+    Of a hub repository nothing else is downloaded; a catalog model is one file, and fetched whole.
+
+    Raises:
+        ModelNotFoundError, DownloadError: see ``resolve``.
+    """
+    if reference.startswith("hf:"):
+        repo, revision = _parse_hub_reference(reference)
+        return hub.snapshot(repo, revision, hub.CONFIG_PATTERNS)
+    path = Path(reference).expanduser()
+    return path if path.suffix == ".json" and path.is_file() else resolve(reference, cache=cache)
+
+
 def cached(reference: str, *, cache: Path | None = None) -> Path | None:
     """Path of a model that is on this disk already, None if it is not; never touches the network."""
     if reference in catalog():

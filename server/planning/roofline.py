@@ -109,7 +109,9 @@ def forward_seconds(machine: Machine, model: Footprint, work: Work) -> Seconds:
     head = model.head_bytes if work.logit_rows else 0
     flops = work.rows * model.block_flops + work.logit_rows * model.head_flops
     per_sequence = work.rows / work.sequences if work.sequences else 0.0
-    attended = model.attended(work.context + (per_sequence + 1) / 2)  # a row sees itself and what its block has before
+    attended = model.attended(
+        work.context + (per_sequence + 1) / 2
+    )  # a row sees itself and what its block has before
     read = work.sequences * model.attended(work.context + per_sequence) * model.kv_bytes / machine.bandwidth
     compute = work.rows * attended * model.attention_flops / machine.attention_flops
     return Seconds(
@@ -121,7 +123,9 @@ def forward_seconds(machine: Machine, model: Footprint, work: Work) -> Seconds:
     )
 
 
-def decode_seconds(machine: Machine, model: Footprint, sequences: float, context: float, rows: int = 1) -> float:
+def decode_seconds(
+    machine: Machine, model: Footprint, sequences: float, context: float, rows: int = 1
+) -> float:
     """A forward that gives ``rows`` logits for each of so many sequences: 1 decodes, g + 1 verify a block of g."""
     count = sequences * rows
     return forward_seconds(machine, model, Work(count, count, sequences, context)).total

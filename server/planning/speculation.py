@@ -123,9 +123,7 @@ def best_step(
     return best if best.tokens_per_second > LEAST_WIN * plain.tokens_per_second else plain
 
 
-def pays_up_to(
-    machine: Machine, target: Footprint, context: float, draft: Draft, limit: int
-) -> int | None:
+def pays_up_to(machine: Machine, target: Footprint, context: float, draft: Draft, limit: int) -> int | None:
     """The greatest batch of at most ``limit`` sequences that drafts, found by bisection; None if not even one does.
 
     A larger batch makes verification dearer, never cheaper, so that drafting that has stopped to pay stays so.

@@ -160,7 +160,10 @@ def _first_good(good: Callable[[int], bool], bad: int) -> int:
 
 
 def _missed(load: Load, goals: Goals) -> str | None:
-    for name, got, goal in (("first token", load.ttft, goals.ttft), ("gap between tokens", load.itl, goals.itl)):
+    for name, got, goal in (
+        ("first token", load.ttft, goals.ttft),
+        ("gap between tokens", load.itl, goals.itl),
+    ):
         if goal is not None and got > goal:
             return f"{name} takes {got * 1e3:.1f} ms, over the goal of {goal * 1e3:g} ms"
     return None
