@@ -17,6 +17,7 @@ from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import Format, interleave_rows
 
 BLOCK_TOKENS = 16
+KV_DTYPE = torch.bfloat16
 #: Rows of random numbers that embedding and head are made of, again and again.
 _RANDOM_ROWS = 4096
 
@@ -82,8 +83,7 @@ def random_plan(shape: Shape, format: Format, pool: Pool, seed: int = 0) -> Deco
 
 
 def executor(plan: DecoderPlan, pool: Pool, blocks: int) -> Executor:
-    """An executor over ``blocks`` empty bf16 blocks of ``BLOCK_TOKENS`` tokens."""
-    kv_dtype = torch.bfloat16
-    size = 2 * len(plan.layers) * BLOCK_TOKENS * plan.kv_heads * plan.head_dim * kv_dtype.itemsize
+    """An executor over ``blocks`` empty ``KV_DTYPE`` blocks of ``BLOCK_TOKENS`` tokens."""
+    size = 2 * len(plan.layers) * BLOCK_TOKENS * plan.kv_heads * plan.head_dim * KV_DTYPE.itemsize
     kv = torch.zeros(blocks, size, dtype=torch.uint8)
-    return Executor(plan, pool, kv, kv_dtype=kv_dtype, block_tokens=BLOCK_TOKENS)
+    return Executor(plan, pool, kv, kv_dtype=KV_DTYPE, block_tokens=BLOCK_TOKENS)

@@ -115,7 +115,11 @@ def plan(
     ] = None,
     max_running: Annotated[
         int | None,
-        typer.Option(min=1, help="Most sequences at once. Default: as many as fit.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Most sequences at once. Default: as paceline serve on a CPU, as many as fit on GPUs.",
+            show_default=False,
+        ),
     ] = None,
     utilization: Annotated[float, typer.Option(min=0.05, max=1.0, help="How full a replica may be.")] = 0.8,
     bandwidth_efficiency: Annotated[
@@ -133,8 +137,10 @@ def plan(
     By the roofline: what a forward must read and compute, over what the device reads and computes. No weights are
     loaded and nothing is served. What is assumed is printed with the result.
     """
+    from paceline.server.planning.footprint import WEIGHTS
+    from paceline.server.planning.options import Options
     from paceline.server.planning.report import as_dict, show
-    from paceline.server.planning.request import Options, prepare
+    from paceline.server.planning.request import prepare
 
     if gpus is not None and device is PlanDevice.cpu:
         raise ConfigError("--gpus contradicts --device cpu; keep one of the two")
@@ -143,7 +149,7 @@ def plan(
             model=model,
             gpus=gpus,
             on_cpu=device is PlanDevice.cpu,
-            weights=None if weights is WeightFormat.auto else weights.value,
+            weights=next((known for known in WEIGHTS if known == weights.value), None),
             sparsity=sparsity,
             qps=qps,
             prompt_tokens=prompt_tokens,

@@ -17,6 +17,10 @@ from paceline.server.planning.options import Options, refuse
 from paceline.server.planning.roofline import Machine, Overheads
 
 _GB, _GIB, _TERA = 1e9, 2**30, 1e12
+#: Source of what the user said.
+GIVEN = "given"
+_FREE_SOURCE = f"{known.CPU_MEMORY_SHARE:g} of what is free now; {known.CPU_MEMORY_SOURCE}"
+_NO_SHEET = Device("", 0.0, 0.0, 0.0, 0.0, None, 0.0, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,52 +38,45 @@ class Hardware:
 
 
 def on_cpu(options: Options, target: Footprint) -> Hardware:
-    """This machine; what was given is not measured."""
-    threads = options.threads or Host().usable_cores
-    share = known.CPU_MEMORY_SHARE
-    memory = (
-        share * psutil.virtual_memory().available if options.memory_gib is None else options.memory_gib * _GIB
-    )
+    """This machine: measured, or with the rates that were given."""
+    free = options.memory_gib is None
+    memory = _free_bytes() if options.memory_gib is None else options.memory_gib * _GIB
     notes = [
-        Assumption(
-            "memory",
-            f"{memory / _GIB:.1f} GiB",
-            f"{share:g} of what is free now: {known.CPU_MEMORY_SOURCE}"
-            if options.memory_gib is None
-            else "given",
-        ),
+        Assumption("memory", f"{memory / _GIB:.1f} GiB", _FREE_SOURCE if free else GIVEN),
         Assumption("engine", _overheads_text(known.CPU_OVERHEADS), known.CPU_OVERHEADS_SOURCE),
     ]
     if options.bandwidth_gbs is not None and options.tflops is not None:
         bandwidth, flops = _reached(options, options.bandwidth_gbs * _GB, options.tflops * _TERA)
-        machine = Machine(memory, bandwidth, flops, flops, overheads=known.CPU_OVERHEADS)
-        notes.append(
-            Assumption("rates", _rates_text(bandwidth, flops), "given; attention is taken to compute as fast")
-        )
-        return Hardware("CPU as given", machine, 1, tuple(notes))
-    refuse("where the CPU is measured", bandwidth_efficiency=options.bandwidth_efficiency)
-    refuse("where the CPU is measured", compute_efficiency=options.compute_efficiency)
+        machine = Machine(memory, bandwidth, bandwidth, flops, flops, overheads=known.CPU_OVERHEADS)
+        text = f"{GIVEN}; attention is taken to read and to compute as fast"
+        return Hardware("CPU as given", machine, 1, (*notes, Assumption("rates", _rates_text(machine), text)))
+    return _measured(options, target, memory, notes)
+
+
+def _measured(options: Options, target: Footprint, memory: float, notes: list[Assumption]) -> Hardware:
     from paceline.kernels.bench.record import cpu_model
     from paceline.server.planning.measured import measure
 
+    threads = options.threads or Host().usable_cores
     assert target.weights != "int4"
     rates = measure(target.config, target.weights, target.sparsity, threads)
-    bandwidth = rates.bandwidth if options.bandwidth_gbs is None else options.bandwidth_gbs * _GB
-    flops = rates.linear_flops if options.tflops is None else options.tflops * _TERA
-    machine = Machine(
-        memory, bandwidth, flops, rates.attention_flops, overlap=rates.overlap, overheads=known.CPU_OVERHEADS
+    machine = rates.machine(memory, known.CPU_OVERHEADS)
+    fitted = (
+        f"measured now: {threads} threads, random weights of this shape, fitted within {rates.fit_error:.0%}"
+    )
+    attention = (
+        f"{rates.attention_flops / _GB:.0f} GFLOP/s, K and V read at {rates.kv_bandwidth / _GB:.1f} GB/s"
     )
     notes += [
-        Assumption(
-            "rates",
-            _rates_text(bandwidth, flops),
-            f"measured now with {threads} threads on random weights of this shape, fitted within {rates.fit_error:.0%}; "
-            f"reading alone {rates.ceiling / _GB:.1f} GB/s",
-        ),
-        Assumption("attention", f"{rates.attention_flops / _GB:.0f} GFLOP/s", "measured now"),
+        Assumption("rates", _rates_text(machine), f"{fitted}; reading alone {rates.ceiling / _GB:.1f} GB/s"),
+        Assumption("attention", attention, "measured now"),
         Assumption("overlap of reading and computing", f"p-norm, p = {rates.overlap:g}", "measured now"),
     ]
     return Hardware(f"{cpu_model()}, {threads} threads", machine, 1, tuple(notes))
+
+
+def _free_bytes() -> float:
+    return known.CPU_MEMORY_SHARE * psutil.virtual_memory().available
 
 
 def on_gpus(options: Options, target: Footprint) -> Hardware:
@@ -99,6 +96,7 @@ def on_gpus(options: Options, target: Footprint) -> Hardware:
     machine = Machine(
         memory=figures.memory if options.memory_gib is not None else known.GPU_MEMORY_SHARE * figures.memory,
         bandwidth=bandwidth,
+        kv_bandwidth=bandwidth,
         linear_flops=flops,
         attention_flops=flops if target.weights != "int8" else flops * figures.attention_share,
         devices=devices,
@@ -123,15 +121,18 @@ class _Figures:
 
 
 def _figures(options: Options, sheet: Device | None, weights: Weights) -> _Figures:
-    def pick(given: float | None, unit: float, printed: float | None) -> float:
-        return given * unit if given is not None else printed or 0.0
+    """The data sheet's, each replaced by the user's own; without a sheet ``check_options`` saw that all are given."""
 
-    flops = pick(options.tflops, _TERA, sheet and sheet.flops(weights))
+    def pick(given: float | None, unit: float, printed: float) -> float:
+        return printed if given is None else given * unit
+
+    own = sheet or _NO_SHEET
+    flops = pick(options.tflops, _TERA, own.flops(weights))
     return _Figures(
-        memory=pick(options.memory_gib, _GIB, sheet and sheet.memory),
-        bandwidth=pick(options.bandwidth_gbs, _GB, sheet and sheet.bandwidth),
+        memory=pick(options.memory_gib, _GIB, own.memory),
+        bandwidth=pick(options.bandwidth_gbs, _GB, own.bandwidth),
         flops=flops,
-        link=pick(options.link_gbs, _GB, sheet and sheet.link),
+        link=pick(options.link_gbs, _GB, own.link),
         attention_share=1.0 if sheet is None else min(1.0, sheet.bf16_flops / flops),
     )
 
@@ -142,20 +143,20 @@ def _gpu_notes(options: Options, machine: Machine, sheet: Device | None) -> list
         Assumption(
             "bandwidth reached",
             f"{options.bandwidth_efficiency or known.BANDWIDTH_EFFICIENCY:g}",
-            known.BANDWIDTH_SOURCE if options.bandwidth_efficiency is None else "given",
+            known.BANDWIDTH_SOURCE if options.bandwidth_efficiency is None else GIVEN,
         ),
         Assumption(
             "computing reached",
             f"{options.compute_efficiency or known.COMPUTE_EFFICIENCY:g}",
-            known.COMPUTE_SOURCE if options.compute_efficiency is None else "given",
+            known.COMPUTE_SOURCE if options.compute_efficiency is None else GIVEN,
         ),
-        Assumption("rates", _rates_text(machine.bandwidth, machine.linear_flops), "per device, by the above"),
+        Assumption("rates", _rates_text(machine), "per device, by the above"),
         Assumption(
             "memory",
             f"{machine.memory / _GIB:.1f} GiB per device",
             f"{known.GPU_MEMORY_SHARE:g} of it: {known.GPU_MEMORY_SOURCE}"
             if options.memory_gib is None
-            else "given",
+            else GIVEN,
         ),
         Assumption("engine", _overheads_text(machine.overheads), known.GPU_OVERHEADS_SOURCE),
         Assumption(
@@ -178,8 +179,8 @@ def _reached(options: Options, bandwidth: float, flops: float) -> tuple[float, f
     )
 
 
-def _rates_text(bandwidth: float, flops: float) -> str:
-    return f"{bandwidth / _GB:,.1f} GB/s, {flops / _TERA:,.3g} TFLOP/s"
+def _rates_text(machine: Machine) -> str:
+    return f"{machine.bandwidth / _GB:,.1f} GB/s, {machine.linear_flops / _TERA:,.3g} TFLOP/s"
 
 
 def _overheads_text(over: Overheads) -> str:

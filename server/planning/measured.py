@@ -1,18 +1,18 @@
 """This machine's rates for a model's shape and format, measured with the CPU kernels in a few seconds.
 
-A decoder of random weights in the model's own layer shapes, as many layers of it as a fixed size allows, runs forwards of
-1 to 64 sequences, then one of longer contexts; ``fit`` makes the roofline's parameters of the times. The engine, its
+A decoder of random weights in the model's own layer shapes, as many layers of it as a fixed size allows, runs forwards
+of 1 to 64 sequences, then one of longer contexts; ``fit`` makes the roofline's parameters of the times. The engine, its
 Python and its drafts are not in them: see ``roofline.Overheads``.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from paceline.kernels.bench.ceiling import Reader
 from paceline.kernels.bench.record import times_ms
-from paceline.kernels.bench.shapes import BLOCK_TOKENS, Shape, executor, random_plan
+from paceline.kernels.bench.shapes import BLOCK_TOKENS, KV_DTYPE, Shape, executor, random_plan
 from paceline.kernels.bench.sparse_shapes import prune
 from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import KernelsMissing, Pool
@@ -20,18 +20,26 @@ from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import Format
 from paceline.server.errors import ConfigError
 from paceline.server.models.config import ModelConfig
+from paceline.server.planning.roofline import Machine, Overheads
 
 #: Sequences of one row each that are timed; the last one's share of computing decides the operations per second.
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHORT_CONTEXT, LONG_CONTEXT = 16, 512
-#: Sequences with the long context: several, as one alone cannot keep all threads busy.
-LONG_SEQUENCES = 4
+#: (sequences, rows of each) with the long context: rows of one sequence share what they read of K and V, rows of
+#: several do not. Several, as one row alone cannot keep all threads busy.
+APART, TOGETHER = (4, 1), (1, 64)
 #: Weights of the probe: more than most caches, yet packed and read in a second or two.
 _MOST_BYTES = 192 << 20
 _ROUNDS, _EACH = 5, 3
 _TOKEN = 300
+#: KV blocks of a sequence.
+_BLOCKS = -(-(LONG_CONTEXT + TOGETHER[1]) // BLOCK_TOKENS)
 #: Exponents that are tried.
 _EXPONENTS = tuple(1.0 + i / 8 for i in range(57))
+
+
+#: Sequences, rows of each, tokens before them.
+_Case = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +48,30 @@ class Rates:
 
     Attributes:
         ceiling: memory read and nothing else.
-        bandwidth: weights read while one row is computed.
+        bandwidth: weights read by the linears.
+        kv_bandwidth, attention_flops: K and V read, and attention computed with them.
         fit_error: greatest deviation of the fitted roofline from a timed forward, relative.
     """
 
     ceiling: float
     bandwidth: float
     linear_flops: float
+    kv_bandwidth: float
     attention_flops: float
     overlap: float
     fit_error: float
+
+    def machine(self, memory: float, overheads: Overheads) -> Machine:
+        """One replica on this CPU."""
+        return Machine(
+            memory=memory,
+            bandwidth=self.bandwidth,
+            kv_bandwidth=self.kv_bandwidth,
+            linear_flops=self.linear_flops,
+            attention_flops=self.attention_flops,
+            overlap=self.overlap,
+            overheads=overheads,
+        )
 
 
 class Point(NamedTuple):
@@ -83,10 +105,10 @@ def measure(config: ModelConfig, format: Format, sparsity: float, threads: int) 
         ) from error
     plan = _probe(config, format, sparsity, pool)
     reader = Reader(pool, plan.bytes_per_forward)
-    blocks = LONG_CONTEXT // BLOCK_TOKENS + 1
-    model = executor(plan, pool, blocks=max(BATCHES) * blocks)
-    cases = [(n, SHORT_CONTEXT) for n in BATCHES] + [(LONG_SEQUENCES, LONG_CONTEXT)]
-    times: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    model = executor(plan, pool, blocks=max(BATCHES) * _BLOCKS)
+    cases = [(n, 1, SHORT_CONTEXT) for n in BATCHES]
+    cases += [(*rows, context) for rows in (APART, TOGETHER) for context in (SHORT_CONTEXT, LONG_CONTEXT)]
+    times: dict[_Case, list[float]] = {case: [] for case in cases}
     for case in cases:
         _run(model, *case)
     for _ in range(_ROUNDS):
@@ -157,17 +179,42 @@ def _probe(config: ModelConfig, format: Format, sparsity: float, pool: Pool) -> 
     return prune(plan, sparsity) if sparsity and format != "fp32" else plan
 
 
-def _run(model: Executor, sequences: int, context: int) -> None:
-    blocks = LONG_CONTEXT // BLOCK_TOKENS + 1
-    spans = [(i, 1, context, list(range(i * blocks, (i + 1) * blocks))) for i in range(sequences)]
-    model.forward([_TOKEN] * sequences, spans, list(range(sequences)))
+def _run(model: Executor, sequences: int, rows: int, context: int) -> None:
+    spans = [(i * rows, rows, context, list(range(i * _BLOCKS, (i + 1) * _BLOCKS))) for i in range(sequences)]
+    model.forward([_TOKEN] * (sequences * rows), spans, list(range(sequences * rows)))
 
 
-def _rates(plan: DecoderPlan, ceiling: float, seconds: dict[tuple[int, int], float]) -> Rates:
+def _rates(plan: DecoderPlan, ceiling: float, seconds: Mapping[_Case, float]) -> Rates:
     weights = 2 * sum(linear.out_features * linear.in_features for linear in plan.linears)
     size = plan.bytes_per_forward
-    found = fit([Point(size, n * weights, seconds[n, SHORT_CONTEXT]) for n in BATCHES])
-    extra = seconds[LONG_SEQUENCES, LONG_CONTEXT] - seconds[LONG_SEQUENCES, SHORT_CONTEXT]
-    attended = LONG_SEQUENCES * (LONG_CONTEXT - SHORT_CONTEXT) * 4 * len(plan.layers)
-    attention = attended * plan.heads * plan.head_dim / max(extra, 1e-3 * min(seconds.values()))
-    return Rates(ceiling, found.bandwidth, found.flops, attention, found.overlap, found.error)
+    found = fit([Point(size, n * weights, seconds[n, 1, SHORT_CONTEXT]) for n in BATCHES])
+    apart, together = (
+        _per_token(seconds[*rows, LONG_CONTEXT] - seconds[*rows, SHORT_CONTEXT], rows)
+        for rows in (APART, TOGETHER)
+    )
+    read, compute = split(apart, together, TOGETHER[1], found.overlap)
+    kv_bytes = 2 * plan.kv_heads * plan.head_dim * len(plan.layers) * KV_DTYPE.itemsize
+    flops = 4 * plan.heads * plan.head_dim * len(plan.layers)
+    return Rates(
+        ceiling, found.bandwidth, found.flops, kv_bytes / read, flops / compute, found.overlap, found.error
+    )
+
+
+def split(apart: float, together: float, rows: int, p: float) -> tuple[float, float]:
+    """What reading, and what computing with one token of context takes, of two times per row and token.
+
+    A row alone takes p_norm(read, compute), one of ``rows`` that share what is read p_norm(read / rows, compute).
+
+    Args:
+        apart, together: seconds; where noise makes ``together`` the greater, reading counts as nothing.
+    """
+    top = max(apart, together)
+    ratio = min(together / top, 1.0 - 1e-6)
+    read = max((1.0 - ratio**p) / (1.0 - rows**-p), 1e-6)
+    compute = max(1.0 - read, 1e-6) if apart >= together else 1.0
+    return top * read ** (1 / p), top * compute ** (1 / p)
+
+
+def _per_token(extra: float, rows: tuple[int, int]) -> float:
+    """Seconds per row and token of context; noise may have made the difference negative."""
+    return max(extra, 1e-6) / (rows[0] * rows[1] * (LONG_CONTEXT - SHORT_CONTEXT))

@@ -49,7 +49,7 @@ def check_options(options: Options) -> None:
         and None in (options.bandwidth_gbs, options.memory_gib, options.tflops)
     ):
         raise ConfigError(
-            "say on what: --gpus 2xH100-80GB, --device cpu, or --bandwidth-gbs, --memory-gib and --tflops of your own device"
+            "say on what: --gpus 2xH100-80GB, --device cpu, or --bandwidth-gbs, --memory-gib and --tflops of a device"
         )
     for name in ("bandwidth_gbs", "memory_gib", "tflops", "link_gbs", "ttft_ms", "itl_ms"):
         if getattr(options, name) == 0.0:
@@ -61,6 +61,19 @@ def check_options(options: Options) -> None:
     if not options.qps and (options.ttft_ms or options.itl_ms):
         raise ConfigError("--ttft-ms and --itl-ms are goals under a load: give --qps")
     if options.on_cpu:
+        measured = (options.bandwidth_gbs is None, options.tflops is None)
+        if measured == (True, True):
+            refuse(
+                "where the CPU is measured",
+                bandwidth_efficiency=options.bandwidth_efficiency,
+                compute_efficiency=options.compute_efficiency,
+            )
+        elif any(measured):
+            raise ConfigError("--bandwidth-gbs and --tflops replace measuring the CPU: give both or neither")
+        elif options.threads is not None:
+            raise ConfigError(
+                "--threads says what to measure with, and --bandwidth-gbs and --tflops that nothing is"
+            )
         refuse("on a CPU", tensor_parallel=options.tensor_parallel, link_gbs=options.link_gbs)
         if options.weights == "int4":
             raise ConfigError("--weights: the CPU kernels run fp32, bf16 and int8; int4 is not built yet")

@@ -152,7 +152,7 @@ def check(machine: Machine, target: Footprint, ask: Ask) -> None:
         )
     if longest > ask.context_tokens:
         raise ConfigError(
-            f"--prompt-tokens and --output-tokens together are {longest}, over the context of {ask.context_tokens} tokens"
+            f"--prompt-tokens and --output-tokens are {longest} together, over the context of {ask.context_tokens}"
         )
     if config.num_heads % machine.devices:
         raise ConfigError(
@@ -192,7 +192,7 @@ def count_memory(machine: Machine, target: Footprint, draft: Draft | None, ask: 
 
 def _does_not_fit(total: float, weights: float, sequence: float) -> ConfigError:
     return ConfigError(
-        f"the model does not fit: weights take {weights / _GIB:.1f} GiB and one sequence {sequence / _GIB:.2f} GiB, but "
-        f"{total / _GIB:.1f} GiB are usable; take more or larger devices (--gpus, --tensor-parallel), a smaller format "
-        "(--weights, --sparsity) or shorter sequences"
+        f"the model does not fit: weights take {weights / _GIB:.1f} GiB and one sequence {sequence / _GIB:.2f} GiB, "
+        f"but {total / _GIB:.1f} GiB are usable; take more or larger devices (--gpus, --tensor-parallel), a smaller "
+        "format (--weights, --sparsity) or shorter sequences"
     )

@@ -12,6 +12,8 @@ from paceline.server.planning.speculation import Step
 from paceline.server.planning.traffic import Fleet
 
 _GIB, _MB = 2**30, 1e6
+#: What the table needs; narrower terminals wrap its lines.
+_WIDTH = 100
 
 
 def as_dict(prepared: Prepared) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def _load_dict(found: Fleet | str, prepared: Prepared) -> dict[str, Any]:
 def show(prepared: Prepared) -> None:
     """Print tables."""
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, _WIDTH)
     for line in _heading(prepared):
         console.print(line, markup=False)
     console.print(_batches(prepared.plan))
@@ -129,7 +132,7 @@ def _heading(prepared: Prepared) -> list[str]:
         f"  weights          {_size(memory.weights)}{drafting}; a forward reads {_size(target.bytes_per_forward)}",
         f"  KV cache         {memory.kv_per_token / 1024:.1f} KiB per token; {_size(memory.kv_total)} are left for it",
         f"  sequences        {memory.sequences} of {requests.prompt_tokens} + {requests.output_tokens} tokens fit, "
-        f"{memory.full_contexts} of {plan.ask.context_tokens}; planned with at most {plan.limit}",
+        f"{memory.full_contexts} of {plan.ask.context_tokens}; at most {plan.limit} run at once",
         f"  computing binds  from {plan.binding:.0f} sequences on",
         f"  a prompt         {plan.prefill * 1e3:.1f} ms ({requests.prompt_tokens / plan.prefill:,.0f} tokens/s)",
         f"  a replica        {plan.most_qps:.3g} requests/s at the most",
@@ -142,7 +145,7 @@ def _batches(plan: Plan) -> Table:
     for name in ("sequences", "step ms", "tokens/s", "each"):
         table.add_column(name, justify="right")
     if plan.draft is not None:
-        for name in ("draft", "step ms", "tokens/step", "tokens/s", "each", "c", "v", "speed-up"):
+        for name in ("draft", "step ms", "tau", "tokens/s", "each", "c", "v", "speed-up"):
             table.add_column(name, justify="right")
     for row in plan.rows:
         cells = [str(row.sequences), *_step_cells(row.plain)]

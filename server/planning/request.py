@@ -119,10 +119,15 @@ def _ask(options: Options, facts: ModelFacts) -> Ask:
         requests=Requests(options.qps, options.prompt_tokens, options.output_tokens),
         context_tokens=options.context_tokens or facts.config.context_length,
         goals=Goals(_seconds(options.ttft_ms), _seconds(options.itl_ms)),
-        max_running=options.max_running,
+        max_running=_max_running(options),
         chunk_tokens=EngineConfig.max_batch_tokens,
         utilization=options.utilization,
     )
+
+
+def _max_running(options: Options) -> int | None:
+    """``paceline serve``'s default on a CPU; on GPUs, where it depends on the engine, as many as fit."""
+    return EngineConfig.max_running if options.on_cpu and options.max_running is None else options.max_running
 
 
 def _format_notes(target: Footprint, options: Options) -> list[Assumption]:

@@ -37,7 +37,9 @@ class Machine:
 
     Attributes:
         memory: bytes for weights and KV, of one device.
-        bandwidth: weight and KV bytes read per second.
+        bandwidth: weight bytes read per second.
+        kv_bandwidth: K and V read per second, once per sequence however many rows it has; on CPUs far less, as bf16
+            is widened on the way.
         linear_flops, attention_flops: operations per second.
         overlap: exponent p of the p-norm, >= 1.
         devices: tensor-parallel degree.
@@ -47,6 +49,7 @@ class Machine:
 
     memory: float
     bandwidth: float
+    kv_bandwidth: float
     linear_flops: float
     attention_flops: float
     overlap: float = math.inf
@@ -55,9 +58,10 @@ class Machine:
     all_reduce_seconds: float = 0.0
     overheads: Overheads = Overheads()
 
-    def faster(self, times: float) -> "Machine":
-        """The same machine with so many times the bandwidth."""
-        return replace(self, bandwidth=self.bandwidth * times)
+    @property
+    def alone(self) -> "Machine":
+        """One of its devices."""
+        return replace(self, devices=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +116,13 @@ def forward_seconds(machine: Machine, model: Footprint, work: Work) -> Seconds:
     attended = model.attended(
         work.context + (per_sequence + 1) / 2
     )  # a row sees itself and what its block has before
-    read = work.sequences * model.attended(work.context + per_sequence) * model.kv_bytes / machine.bandwidth
+    read = (
+        work.sequences * model.attended(work.context + per_sequence) * model.kv_bytes / machine.kv_bandwidth
+    )
     compute = work.rows * attended * model.attention_flops / machine.attention_flops
     return Seconds(
         linears=linears_seconds(machine, model.block_bytes + head, flops),
-        attention=max(read / kv_shards(machine, model), compute / machine.devices),
+        attention=p_norm(read / kv_shards(machine, model), compute / machine.devices, machine.overlap),
         communication=all_reduce_seconds(machine, work.rows * model.config.hidden_size * _BF16_BYTES)
         * _ALL_REDUCES_PER_LAYER
         * model.config.num_layers,

@@ -1,8 +1,8 @@
 """When drafting pays, and how much: tau / (c g + v) per batch size.
 
 tau = (1 - alpha^(g+1)) / (1 - alpha) tokens come out of a block of g drafted ones (Leviathan et al., arXiv:2211.17192,
-acceptance taken to be independent of the position); c is a draft forward and v the verification of g + 1 rows, both over
-a decode step without a draft at the same batch.
+acceptance taken to be independent of the position); c is a draft forward and v the verification of g + 1 rows, both
+over a decode step without a draft at the same batch.
 """
 
 from collections.abc import Sequence
@@ -96,18 +96,20 @@ def draft_seconds(
     """The draft's forwards of a block, one per token.
 
     The first one also computes what the last step committed and the draft has not: one row if only what it drafted
-    itself came out, one more if all of that did; all tau of them if it reads the target's states.
+    itself came out, one more if all of that did; all tau of them if it reads the target's states. Several devices share
+    the draft's work, or each does all of it and spares the all-reduces, whichever is faster.
     """
     model = draft.model
     if model is None:
         return 0.0
     reads_state = model.config.reads_state
     first = tau(draft.alpha, draft_tokens) if reads_state else 1.0 + draft.alpha**draft_tokens
-    one = decode_seconds(machine, model, sequences, context)
-    return (
-        forward_seconds(machine, model, Work(first * sequences, sequences, sequences, context)).total
-        + (draft_tokens - 1) * one
-    )
+
+    def on(one: Machine) -> float:
+        opening = forward_seconds(one, model, Work(first * sequences, sequences, sequences, context)).total
+        return opening + (draft_tokens - 1) * decode_seconds(one, model, sequences, context)
+
+    return min(on(machine), on(machine.alone))
 
 
 def best_step(
