@@ -77,9 +77,9 @@ class Measured:
 class Bench:
     """The served model, ready to run batches."""
 
-    def __init__(self, threads: int | None) -> None:
-        speculation = SpeculationConfig(draft=DRAFT, policy="fixed", ngram=False)
-        spec = ModelSpec("check", MODEL, "int8", speculation=speculation)
+    def __init__(self, model: str, draft: str, threads: int | None) -> None:
+        speculation = SpeculationConfig(draft=draft, policy="fixed", ngram=False)
+        spec = ModelSpec("check", model, "int8", speculation=speculation)
         engine = EngineConfig(threads=threads, device="cpu", prefix_caching=False, kv_cache_gib=0.25)
         config = resolve(PacelineConfig(engine=engine, models=(spec,)))
         loader = make_loader(config.engine)
@@ -162,7 +162,7 @@ def run_round(bench: Bench, threads: int) -> Iterator[dict[str, Any]]:
     for block in BLOCKS:
         for sequences in BATCHES:
             found = bench.decode(sequences, block)
-            draft = Draft(DRAFT, bench.draft, found.alpha, block) if block else None
+            draft = Draft("draft", bench.draft, found.alpha, block) if block else None
             predicted = step(machine, bench.target, sequences, found.context, draft, block)
             around = CPU_OVERHEADS.step + CPU_OVERHEADS.row * sequences
             forwards = (
@@ -225,6 +225,8 @@ def show(entries: Sequence[dict[str, Any]]) -> None:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="check", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default=MODEL, help=f"default: {MODEL}")
+    parser.add_argument("--draft", default=DRAFT, help=f"default: {DRAFT}")
     parser.add_argument("--threads", type=int, default=None, help="default: the physical cores")
     parser.add_argument("--rounds", type=int, default=5, help="medians are shown")
     parser.add_argument("--quick", action="store_true", help="one round only")
@@ -238,14 +240,16 @@ def main(argv: list[str]) -> int:
     rounds = 1 if chosen.quick else chosen.rounds
     busy = psutil.cpu_percent(interval=1.0) / 100
     try:
-        bench = Bench(chosen.threads)
+        bench = Bench(chosen.model, chosen.draft, chosen.threads)
     except UserError as error:
         sys.stderr.write(f"check: {error}\n")
         return error.exit_code
     bench.decode(1, 0)  # warms everything up
     entries = combine([list(run_round(bench, bench.pool.threads)) for _ in range(rounds)])
     show(entries)
-    record = described("plan_check", bench.pool, rounds, model=MODEL, draft=DRAFT, entries=entries)
+    record = described(
+        "plan_check", bench.pool, rounds, model=chosen.model, draft=chosen.draft, entries=entries
+    )
     record["machine"] |= {"busy_share": round(busy, 3)}
     store(record, chosen.out, chosen.quick)
     return 0

@@ -13,10 +13,12 @@ from paceline.server.planning import assumptions as known
 from paceline.server.planning.assumptions import Assumption
 from paceline.server.planning.devices import Device, parse_gpus
 from paceline.server.planning.footprint import Footprint, Weights
-from paceline.server.planning.options import Options, refuse
+from paceline.server.planning.options import Options
 from paceline.server.planning.roofline import Machine, Overheads
 
 _GB, _GIB, _TERA = 1e9, 2**30, 1e12
+#: More than this of the processors taken by others spoils a measurement, looked at for so long.
+_BUSY, _LISTEN_SECONDS = 0.1, 0.5
 #: Source of what the user said.
 GIVEN = "given"
 _FREE_SOURCE = f"{known.CPU_MEMORY_SHARE:g} of what is free now; {known.CPU_MEMORY_SOURCE}"
@@ -58,6 +60,7 @@ def _measured(options: Options, target: Footprint, memory: float, notes: list[As
     from paceline.server.planning.measured import measure
 
     threads = options.threads or Host().usable_cores
+    busy = psutil.cpu_percent(interval=_LISTEN_SECONDS) / 100
     assert target.weights != "int4"
     rates = measure(target.config, target.weights, target.sparsity, threads)
     machine = rates.machine(memory, known.CPU_OVERHEADS)

@@ -181,8 +181,8 @@ def _pays(plan: Plan) -> str:
     assert plan.draft is not None
     if plan.pays_up_to is None:
         return f"Drafting with {plan.draft.name} pays at no batch size (alpha {plan.draft.alpha:.2f})."
-    more = "all of these" if plan.pays_up_to == plan.limit else f"up to {plan.pays_up_to} sequences"
-    return f"Drafting with {plan.draft.name} pays at {more} (alpha {plan.draft.alpha:.2f})."
+    more = "at every batch size" if plan.pays_up_to == plan.limit else f"up to a batch of {plan.pays_up_to}"
+    return f"Drafting with {plan.draft.name} pays {more} (alpha {plan.draft.alpha:.2f})."
 
 
 def _load_lines(prepared: Prepared, found: Fleet | str) -> list[str]:
