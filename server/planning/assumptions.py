@@ -39,4 +39,6 @@ UTILIZATION_SOURCE = "assumed, for bursts"
 CPU_OVERHEADS = Overheads(step=0.3e-3, row=30e-6, drafting=0.2e-3, drafted=20e-6)
 CPU_OVERHEADS_SOURCE = "measured on an Intel Xeon of 2 cores, 2026-11-30 (server/DESIGN.md)"
 GPU_OVERHEADS = Overheads()
-GPU_OVERHEADS_SOURCE = "assumed: the host works while the GPU does; never measured here"
+GPU_OVERHEADS_SOURCE = (
+    "assumed: launches and host work are hidden, which small models are too quick for; never measured here"
+)

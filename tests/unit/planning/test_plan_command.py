@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from native_drafts import write_draft, write_feature_draft
 from sparse_students import write_tiny_student
 from tiny import tiny_hf_config
@@ -17,7 +15,6 @@ from tiny import tiny_hf_config
 from paceline.clients import console
 from paceline.server.errors import ConfigError
 from paceline.server.planning import measured
-from paceline.server.planning.devices import devices, parse_gpus
 from paceline.server.planning.inputs import acceptance, read_model
 from paceline.server.planning.measured import Rates
 
@@ -75,55 +72,6 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(measured, "measure", measure)
     return asked
-
-
-def test_every_data_sheet_is_whole_and_found_by_any_of_its_names() -> None:
-    assert len({device.name for device in devices().values()}) >= 8
-    for name, device in devices().items():
-        assert parse_gpus(f"3x{name.lower()}") == (3, device)
-        assert parse_gpus(name) == (1, device)
-        assert 1e10 < device.memory < 1e12
-        assert 1e11 < device.bandwidth < 1e13
-        assert device.flops("fp32") < device.flops("bf16") <= device.flops("int8")
-        assert device.flops("int4") == device.flops("bf16")
-        assert device.source
-
-
-def test_h100_as_printed() -> None:
-    count, device = parse_gpus("2xH100-80GB")
-    assert count == 2
-    assert (device.memory, device.bandwidth, device.flops("bf16"), device.link) == (
-        80e9,
-        3.35e12,
-        989e12,
-        450e9,
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("H100-80G", "--gpus: no data sheet of 'H100-80G'; did you mean H100-80GB?"),
-        ("Voodoo", "--gpus: no data sheet of 'Voodoo'; Known: A10-24GB, "),
-        ("0xH100", "--gpus: the number of GPUs must be from 1 to 1024, not 0"),
-        ("2 H100s please", "--gpus: write NAME or COUNTxNAME, such as 2xH100-80GB"),
-        ("", "--gpus: write NAME or COUNTxNAME"),
-    ],
-)
-def test_gpus_that_are_not_known(text: str, said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_gpus(text)
-    assert str(caught.value).startswith(said)
-
-
-@given(st.text())
-def test_any_text_is_known_or_refused(text: str) -> None:
-    try:
-        count, device = parse_gpus(text)
-    except ConfigError:
-        return
-    assert count >= 1
-    assert device.name
 
 
 def test_tables_for_people(run: Run, config: Path) -> None:

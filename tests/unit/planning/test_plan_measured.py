@@ -1,5 +1,6 @@
 """What is made of timed forwards, and that a machine is measured through the kernels; no test here asserts a time."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from native_kernels import require_native
 from tiny import tiny_hf_config
 
-from paceline.kernels.cpu.library import KernelsMissing
+from paceline.kernels.cpu.library import KernelsMissing, Pool
 from paceline.server.errors import ConfigError
 from paceline.server.models.config import parse_model_config
 from paceline.server.planning import check, measured
@@ -77,7 +78,7 @@ def test_this_machine_is_measured(format: Any, sparsity: float, monkeypatch: pyt
 
 def test_a_probe_has_the_models_layers_and_bounds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     require_native()
-    pool = measured.Pool(1)
+    pool = Pool(1)
     whole = measured._probe(config(num_hidden_layers=4, vocab_size=4096), "int8", 0.0, pool)
     assert (len(whole.layers), whole.vocab, whole.hidden, whole.ffn) == (4, 4096, 64, 96)
     assert whole.layers[0].qkv.bias is not None
@@ -107,8 +108,6 @@ def test_the_check_runs_a_model_and_its_draft_and_keeps_a_record(
     folder, out = str(tiny_checkpoint("llama")), tmp_path / "record.json"
     arguments = ["--model", folder, "--draft", folder, "--threads", "1", "--quick", "--out", str(out)]
     assert check.main(arguments) == 0
-    import json
-
     record = json.loads(out.read_text())
     entries = {entry["case"]: entry for entry in record["entries"]}
     assert list(entries) == ["rates", "1 x 1", "3 x 1", "1 x 3", "3 x 3", "1 x 5", "3 x 5", "prefill"]
