@@ -64,15 +64,21 @@ def _measured(options: Options, target: Footprint, memory: float, notes: list[As
     assert target.weights != "int4"
     rates = measure(target.config, target.weights, target.sparsity, threads)
     machine = rates.machine(memory, known.CPU_OVERHEADS)
-    fitted = (
-        f"measured now: {threads} threads, random weights of this shape, fitted within {rates.fit_error:.0%}"
-    )
-    attention = (
-        f"{rates.attention_flops / _GB:.0f} GFLOP/s, K and V read at {rates.kv_bandwidth / _GB:.1f} GB/s"
+    spoilt = (
+        f"; OTHERS TOOK {busy:.0%} OF THE PROCESSORS: repeat it on an idle machine" if busy > _BUSY else ""
     )
     notes += [
-        Assumption("rates", _rates_text(machine), f"{fitted}; reading alone {rates.ceiling / _GB:.1f} GB/s"),
-        Assumption("attention", attention, "measured now"),
+        Assumption(
+            "rates",
+            _rates_text(machine),
+            f"measured now with {threads} threads, weights of this shape but random, fitted within "
+            f"{rates.fit_error:.0%}; reading alone {rates.ceiling / _GB:.1f} GB/s{spoilt}",
+        ),
+        Assumption(
+            "attention",
+            f"{rates.attention_flops / _GB:.0f} GFLOP/s, K and V read at {rates.kv_bandwidth / _GB:.1f} GB/s",
+            "measured now",
+        ),
         Assumption("overlap of reading and computing", f"p-norm, p = {rates.overlap:g}", "measured now"),
     ]
     return Hardware(f"{cpu_model()}, {threads} threads", machine, 1, tuple(notes))

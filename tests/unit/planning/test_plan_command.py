@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from native_drafts import write_draft, write_feature_draft
 from sparse_students import write_tiny_student
@@ -188,6 +189,16 @@ def test_a_cpu_is_measured_for_this_model(planned: Any, rates: list[tuple[Any, .
     assert values["overlap of reading and computing"] == "p-norm, p = 2"
     assert values["attention"] == "40 GFLOP/s, K and V read at 5.0 GB/s"
     assert found["batches"][0]["plain"]["step_ms"] > 0.3  # the engine's own time counts
+
+
+@pytest.mark.parametrize(("others", "warns"), [(5.0, False), (80.0, True)])
+def test_a_busy_machine_is_no_place_to_measure(
+    planned: Any, rates: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, others: float, warns: bool
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: others)
+    found = planned("--device", "cpu")
+    source = next(note["source"] for note in found["assumptions"] if note["name"] == "rates")
+    assert ("OTHERS TOOK 80% OF THE PROCESSORS" in source) == warns
 
 
 def test_a_cpu_as_given_is_not_measured(planned: Any, rates: list[tuple[Any, ...]]) -> None:
