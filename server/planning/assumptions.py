@@ -36,7 +36,7 @@ CPU_MEMORY_SOURCE = "assumed; serve needs --kv-cache-gib to use so much"
 UTILIZATION = 0.8
 UTILIZATION_SOURCE = "assumed, for bursts"
 #: Measured with ``planning.check``; see server/DESIGN.md, 2026-11-30. Python at work: it scales with the processor.
-CPU_OVERHEADS = Overheads(step=0.3e-3, row=30e-6, drafting=0.2e-3, drafted=20e-6)
+CPU_OVERHEADS = Overheads(step=150e-6, sequence=20e-6, row=26e-6, drafted=50e-6)
 CPU_OVERHEADS_SOURCE = "measured on an Intel Xeon of 2 cores, 2026-11-30 (server/DESIGN.md)"
 GPU_OVERHEADS = Overheads()
 GPU_OVERHEADS_SOURCE = (

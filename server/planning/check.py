@@ -2,9 +2,9 @@
 
 Decodes SmolLM2 in int8 through the native engine at several batch sizes, without a draft and with fixed blocks of the
 bundled one, and reads a prompt; prints predicted and measured milliseconds of every step and their ratio, and JSON
-last. Every round measures the machine's rates anew, right before what is predicted from them. The acceptance that goes
-into the prediction is that of the run, as time is what is checked; tau is compared with the formula. Exit codes: 0
-done, 1 the kernels or the model are missing.
+last. Every round measures the machine's rates anew, before and after what is predicted from them. The acceptance that
+goes into the prediction is that of the run, as time is what is checked; tau is compared with the formula. Exit codes:
+0 done, 1 the kernels or the model are missing.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from paceline.server.models.quality import calibration_text
 from paceline.server.planning.assumptions import CPU_OVERHEADS
 from paceline.server.planning.footprint import Footprint, footprint
 from paceline.server.planning.measured import Rates, measure
-from paceline.server.planning.roofline import prefill_seconds
+from paceline.server.planning.roofline import Machine, prefill_seconds
 from paceline.server.planning.speculation import Draft, draft_seconds, step, tau
 
 MODEL, DRAFT = "smollm2-135m-instruct", "smollm2-135m-draft"
@@ -154,39 +154,43 @@ def _means(stats: Sequence[StepStats], steps: Sequence[tuple[float, int]], seque
     )
 
 
-def run_round(bench: Bench, threads: int) -> Iterator[dict[str, Any]]:
-    """Every case once: what was predicted and measured, milliseconds."""
-    rates = measure(bench.target.config, "int8", 0.0, threads)
+def run_round(bench: Bench, threads: int) -> list[dict[str, Any]]:
+    """Every case once, between two measurements of the machine, whose mean predicts: milliseconds."""
+    before = measure(bench.target.config, "int8", 0.0, threads)
+    found = {(n, block): bench.decode(n, block) for block in BLOCKS for n in BATCHES}
+    prefill = bench.prefill()
+    after = measure(bench.target.config, "int8", 0.0, threads)
+    rates = Rates(*((getattr(before, name) + getattr(after, name)) / 2 for name in Rates.__slots__))
     machine = rates.machine(float(psutil.virtual_memory().total), CPU_OVERHEADS)
-    yield {"case": "rates", **{name: getattr(rates, name) for name in Rates.__slots__}}
-    for block in BLOCKS:
-        for sequences in BATCHES:
-            found = bench.decode(sequences, block)
-            draft = Draft("draft", bench.draft, found.alpha, block) if block else None
-            predicted = step(machine, bench.target, sequences, found.context, draft, block)
-            around = CPU_OVERHEADS.step + CPU_OVERHEADS.row * sequences
-            forwards = (
-                0.0 if draft is None else draft_seconds(machine, draft, sequences, found.context, block)
-            )
-            yield {
-                "case": f"{sequences} x {block + 1}",
-                "sequences": sequences,
-                "draft_tokens": block,
-                "predicted_ms": predicted.seconds * 1e3,
-                "measured_ms": found.step_s * 1e3,
-                "around_ms": found.around_s * 1e3,
-                "around_predicted_ms": around * 1e3,
-                "draft_ms": found.draft_s * 1e3,
-                "draft_forwards_predicted_ms": forwards * 1e3,
-                "alpha": found.alpha,
-                "tau": found.tokens,
-                "tau_predicted": tau(found.alpha, block),
-            }
-    yield {
-        "case": "prefill",
-        "tokens": PREFILL_TOKENS,
-        "predicted_ms": prefill_seconds(machine, bench.target, PREFILL_TOKENS, bench.chunk) * 1e3,
-        "measured_ms": bench.prefill() * 1e3,
+    predicted = prefill_seconds(machine, bench.target, PREFILL_TOKENS, bench.chunk)
+    return [
+        {"case": "rates", **{name: getattr(rates, name) for name in Rates.__slots__}},
+        *(_entry(bench, machine, n, block, one) for (n, block), one in found.items()),
+        {
+            "case": "prefill",
+            "tokens": PREFILL_TOKENS,
+            "predicted_ms": predicted * 1e3,
+            "measured_ms": prefill * 1e3,
+        },
+    ]
+
+
+def _entry(bench: Bench, machine: Machine, sequences: int, block: int, found: Measured) -> dict[str, Any]:
+    draft = Draft("draft", bench.draft, found.alpha, block) if block else None
+    forwards = 0.0 if draft is None else draft_seconds(machine, draft, sequences, found.context, block)
+    return {
+        "case": f"{sequences} x {block + 1}",
+        "sequences": sequences,
+        "draft_tokens": block,
+        "predicted_ms": step(machine, bench.target, sequences, found.context, draft, block).seconds * 1e3,
+        "measured_ms": found.step_s * 1e3,
+        "around_ms": found.around_s * 1e3,
+        "around_predicted_ms": CPU_OVERHEADS.around(sequences, sequences * (block + 1)) * 1e3,
+        "draft_ms": found.draft_s * 1e3,
+        "draft_forwards_predicted_ms": forwards * 1e3,
+        "alpha": found.alpha,
+        "tau": found.tokens,
+        "tau_predicted": tau(found.alpha, block),
     }
 
 
@@ -207,10 +211,7 @@ def show(entries: Sequence[dict[str, Any]]) -> None:
     """One line per case."""
     for entry in entries:
         if entry["case"] == "rates":
-            rates = {
-                name: f"{entry[name] / 1e9:.1f}"
-                for name in ("ceiling", "bandwidth", "kv_bandwidth", "linear_flops", "attention_flops")
-            }
+            rates = {name: f"{entry[name] / 1e9:.1f}" for name in Rates.__slots__[:-2]}
             say(f"rates, 10^9 per second: {rates}, overlap {entry['overlap']:g}")
             continue
         line = f"{entry['case']:>8}  predicted {entry['predicted_ms']:8.2f} ms  measured {entry['measured_ms']:8.2f} ms"
@@ -245,7 +246,7 @@ def main(argv: list[str]) -> int:
         sys.stderr.write(f"check: {error}\n")
         return error.exit_code
     bench.decode(1, 0)  # warms everything up
-    entries = combine([list(run_round(bench, bench.pool.threads)) for _ in range(rounds)])
+    entries = combine([run_round(bench, bench.pool.threads) for _ in range(rounds)])
     show(entries)
     record = described(
         "plan_check", bench.pool, rounds, model=chosen.model, draft=chosen.draft, entries=entries

@@ -70,7 +70,7 @@ def _measured(options: Options, target: Footprint, memory: float, notes: list[As
     notes += [
         Assumption(
             "rates",
-            _rates_text(machine),
+            f"{_rates_text(machine)} ({rates.chunk_flops / _TERA:.3g} in prompts)",
             f"measured now with {threads} threads, weights of this shape but random, fitted within "
             f"{rates.fit_error:.0%}; reading alone {rates.ceiling / _GB:.1f} GB/s{spoilt}",
         ),
@@ -193,5 +193,11 @@ def _rates_text(machine: Machine) -> str:
 
 
 def _overheads_text(over: Overheads) -> str:
-    values = {"a step": "step", "a sequence": "row", "drafting": "drafting", "a drafted sequence": "drafted"}
+    values = {
+        "a step": "step",
+        "a sequence": "sequence",
+        "a row": "row",
+        "drafting": "drafting",
+        "a drafted sequence": "drafted",
+    }
     return ", ".join(f"{getattr(over, name) * 1e6:.0f} us {text}" for text, name in values.items())

@@ -20,20 +20,18 @@ from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.formats import Format
 from paceline.server.errors import ConfigError
 from paceline.server.models.config import ModelConfig
-from paceline.server.planning.roofline import Machine, Overheads
+from paceline.server.planning.roofline import MANY_ROWS, Machine, Overheads
 
 #: Sequences of one row each that are timed; the last one's share of computing decides the operations per second.
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHORT_CONTEXT, LONG_CONTEXT = 16, 512
 #: (sequences, rows of each) with the long context: rows of one sequence share what they read of K and V, rows of
 #: several do not. Several, as one row alone cannot keep all threads busy.
-APART, TOGETHER = (4, 1), (1, 64)
+APART, TOGETHER = (4, 1), (1, MANY_ROWS)
 #: Weights of the probe: more than most caches, yet packed and read in a second or two.
 _MOST_BYTES = 192 << 20
 _ROUNDS, _EACH = 5, 3
 _TOKEN = 300
-#: KV blocks of a sequence.
-_BLOCKS = -(-(LONG_CONTEXT + TOGETHER[1]) // BLOCK_TOKENS)
 #: Exponents that are tried.
 _EXPONENTS = tuple(1.0 + i / 8 for i in range(57))
 
@@ -49,6 +47,7 @@ class Rates:
     Attributes:
         ceiling: memory read and nothing else.
         bandwidth: weights read by the linears.
+        linear_flops, chunk_flops: computed by them in forwards of few rows, and of the many of a prompt.
         kv_bandwidth, attention_flops: K and V read, and attention computed with them.
         fit_error: greatest deviation of the fitted roofline from a timed forward, relative.
     """
@@ -56,6 +55,7 @@ class Rates:
     ceiling: float
     bandwidth: float
     linear_flops: float
+    chunk_flops: float
     kv_bandwidth: float
     attention_flops: float
     overlap: float
@@ -68,6 +68,7 @@ class Rates:
             bandwidth=self.bandwidth,
             kv_bandwidth=self.kv_bandwidth,
             linear_flops=self.linear_flops,
+            chunk_flops=self.chunk_flops,
             attention_flops=self.attention_flops,
             overlap=self.overlap,
             overheads=overheads,
@@ -105,9 +106,9 @@ def measure(config: ModelConfig, format: Format, sparsity: float, threads: int) 
         ) from error
     plan = _probe(config, format, sparsity, pool)
     reader = Reader(pool, plan.bytes_per_forward)
-    model = executor(plan, pool, blocks=max(BATCHES) * _BLOCKS)
     cases = [(n, 1, SHORT_CONTEXT) for n in BATCHES]
     cases += [(*rows, context) for rows in (APART, TOGETHER) for context in (SHORT_CONTEXT, LONG_CONTEXT)]
+    model = executor(plan, pool, blocks=max(n * _blocks(rows, context) for n, rows, context in cases))
     times: dict[_Case, list[float]] = {case: [] for case in cases}
     for case in cases:
         _run(model, *case)
@@ -179,9 +180,16 @@ def _probe(config: ModelConfig, format: Format, sparsity: float, pool: Pool) -> 
     return prune(plan, sparsity) if sparsity and format != "fp32" else plan
 
 
+def _blocks(rows: int, context: int) -> int:
+    return -(-(rows + context) // BLOCK_TOKENS)
+
+
 def _run(model: Executor, sequences: int, rows: int, context: int) -> None:
-    spans = [(i * rows, rows, context, list(range(i * _BLOCKS, (i + 1) * _BLOCKS))) for i in range(sequences)]
-    model.forward([_TOKEN] * (sequences * rows), spans, list(range(sequences * rows)))
+    """A forward; single rows want their logits, a prompt's rows the last one's."""
+    each = _blocks(rows, context)
+    spans = [(i * rows, rows, context, list(range(i * each, (i + 1) * each))) for i in range(sequences)]
+    wanted = list(range(rows - 1, sequences * rows, rows))
+    model.forward([_TOKEN] * (sequences * rows), spans, wanted)
 
 
 def _rates(plan: DecoderPlan, ceiling: float, seconds: Mapping[_Case, float]) -> Rates:
@@ -196,8 +204,29 @@ def _rates(plan: DecoderPlan, ceiling: float, seconds: Mapping[_Case, float]) ->
     kv_bytes = 2 * plan.kv_heads * plan.head_dim * len(plan.layers) * KV_DTYPE.itemsize
     flops = 4 * plan.heads * plan.head_dim * len(plan.layers)
     return Rates(
-        ceiling, found.bandwidth, found.flops, kv_bytes / read, flops / compute, found.overlap, found.error
+        ceiling=ceiling,
+        bandwidth=found.bandwidth,
+        linear_flops=found.flops,
+        chunk_flops=_chunk_flops(plan, seconds[*TOGETHER, SHORT_CONTEXT], compute, found),
+        kv_bandwidth=kv_bytes / read,
+        attention_flops=flops / compute,
+        overlap=found.overlap,
+        fit_error=found.error,
     )
+
+
+def _chunk_flops(plan: DecoderPlan, seconds: float, attending: float, fitted: Fit) -> float:
+    """The linears' rate in a forward of many rows, of which only the last one's logits are wanted.
+
+    Args:
+        attending: seconds of attention per row and token.
+    """
+    rows = TOGETHER[1]
+    linears = max(seconds - rows * (SHORT_CONTEXT + rows / 2) * attending, 0.5 * seconds)
+    read, p = plan.bytes_per_forward / fitted.bandwidth, fitted.overlap
+    computing = linears * max(1.0 - (read / linears) ** p, 0.5) ** (1 / p)
+    head, *others = (one.out_features * one.in_features for one in (plan.head, *plan.linears[:-1]))
+    return float(2 * (head + rows * sum(others)) / computing)
 
 
 def split(apart: float, together: float, rows: int, p: float) -> tuple[float, float]:

@@ -12,6 +12,8 @@ from paceline.server.planning.footprint import Footprint
 
 _BF16_BYTES = 2
 _ALL_REDUCES_PER_LAYER = 2
+#: Rows up to which, and from which on, computing has a rate of its own: activations of many rows leave the near caches.
+FEW_ROWS, MANY_ROWS = 64, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +21,22 @@ class Overheads:
     """Seconds that the engine spends around forwards.
 
     Attributes:
-        step: per engine step: scheduling, building the batch, choosing, committing.
-        row: per sequence of a step.
+        step: per engine step: scheduling, building the batch.
+        sequence: per sequence of a step: its state, committing its tokens.
+        row: per row whose logits are looked at: choosing.
         drafting: per step that drafts, with any number of draft forwards.
         drafted: per sequence and step that drafts.
     """
 
     step: float = 0.0
+    sequence: float = 0.0
     row: float = 0.0
     drafting: float = 0.0
     drafted: float = 0.0
+
+    def around(self, sequences: float, rows: float) -> float:
+        """A step without what drafting adds."""
+        return self.step + self.sequence * sequences + self.row * rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,8 @@ class Machine:
         kv_bandwidth: K and V read per second, once per sequence however many rows it has; on CPUs far less, as bf16
             is widened on the way.
         linear_flops, attention_flops: operations per second.
+        chunk_flops: the linears' in forwards of ``MANY_ROWS`` rows or more, where they differ from those of up to
+            ``FEW_ROWS``; between them it is interpolated.
         overlap: exponent p of the p-norm, >= 1.
         devices: tensor-parallel degree.
         link: bytes per second between two devices, one direction; 0 where there is one device.
@@ -52,6 +62,7 @@ class Machine:
     kv_bandwidth: float
     linear_flops: float
     attention_flops: float
+    chunk_flops: float | None = None
     overlap: float = math.inf
     devices: int = 1
     link: float = 0.0
@@ -62,6 +73,13 @@ class Machine:
     def alone(self) -> "Machine":
         """One of its devices."""
         return replace(self, devices=1)
+
+    def linear_rate(self, rows: float) -> float:
+        """Operations per second of the linears in a forward of so many rows."""
+        if self.chunk_flops is None:
+            return self.linear_flops
+        share = math.log(max(rows, FEW_ROWS) / FEW_ROWS) / math.log(MANY_ROWS / FEW_ROWS)
+        return float(self.linear_flops * (self.chunk_flops / self.linear_flops) ** min(share, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +119,10 @@ def p_norm(a: float, b: float, p: float) -> float:
     return high if math.isinf(p) or high == 0.0 else high * (1.0 + (low / high) ** p) ** (1.0 / p)
 
 
-def linears_seconds(machine: Machine, weight_bytes: float, flops: float) -> float:
+def linears_seconds(machine: Machine, weight_bytes: float, flops: float, rows: float) -> float:
     """Reading weights once and computing with them, both divided over the devices."""
     read = weight_bytes / machine.bandwidth
-    compute = flops / machine.linear_flops
+    compute = flops / machine.linear_rate(rows)
     return p_norm(read, compute, machine.overlap) / machine.devices
 
 
@@ -121,7 +139,7 @@ def forward_seconds(machine: Machine, model: Footprint, work: Work) -> Seconds:
     )
     compute = work.rows * attended * model.attention_flops / machine.attention_flops
     return Seconds(
-        linears=linears_seconds(machine, model.block_bytes + head, flops),
+        linears=linears_seconds(machine, model.block_bytes + head, flops, work.rows),
         attention=p_norm(read / kv_shards(machine, model), compute / machine.devices, machine.overlap),
         communication=all_reduce_seconds(machine, work.rows * model.config.hidden_size * _BF16_BYTES)
         * _ALL_REDUCES_PER_LAYER
@@ -144,7 +162,7 @@ def prefill_seconds(machine: Machine, model: Footprint, tokens: int, chunk: int)
         rows = min(chunk, tokens - done)
         last = float(done + rows == tokens)
         total += forward_seconds(machine, model, Work(rows, last, 1.0, done)).total
-        total += machine.overheads.step + machine.overheads.row
+        total += machine.overheads.around(1, last)
         done += rows
     return total
 

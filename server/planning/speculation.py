@@ -73,11 +73,13 @@ def step(
         context: tokens that each sequence has, on average.
     """
     over = machine.overheads
-    around = over.step + over.row * sequences
-    plain = decode_seconds(machine, target, sequences, context) + around
+    plain = decode_seconds(machine, target, sequences, context) + over.around(sequences, sequences)
     if draft is None or not draft_tokens:
         return Step(sequences, 0, plain, 1.0)
-    verify = decode_seconds(machine, target, sequences, context, draft_tokens + 1) + around
+    rows = draft_tokens + 1
+    verify = decode_seconds(machine, target, sequences, context, rows) + over.around(
+        sequences, sequences * rows
+    )
     drafting = draft_seconds(machine, draft, sequences, context, draft_tokens)
     drafting += over.drafting + over.drafted * sequences
     return Step(

@@ -81,7 +81,31 @@ def test_a_forward_without_logits_leaves_the_head_out() -> None:
 def test_a_prompt_goes_in_chunks_and_wants_one_row_of_logits() -> None:
     """Five tokens in chunks of two: 10 s of reading twice, and 12 s with the head."""
     still = replace(MACHINE, attention_flops=1e12, kv_bandwidth=1e12, overheads=Overheads(step=1.0, row=0.5))
-    assert prefill_seconds(still, MODEL, 5, 2) == pytest.approx(10 + 10 + 12 + 3 * 1.5)
+    assert prefill_seconds(still, MODEL, 5, 2) == pytest.approx(10 + 10 + 12 + 3 * 1.0 + 0.5)
+
+
+def test_forwards_of_many_rows_compute_at_a_rate_of_their_own() -> None:
+    machine = replace(MACHINE, chunk_flops=250)
+    assert [machine.linear_rate(n) for n in (1, 64, 128, 256, 512)] == pytest.approx(
+        [1000, 1000, 500, 250, 250]
+    )
+    assert MACHINE.linear_rate(512) == 1000
+    many, few = (forward_seconds(machine, MODEL, Work(n, 0, 1, 0)).linears for n in (256, 64))
+    assert many == pytest.approx(256 * 2000 / 250)
+    assert few == pytest.approx(64 * 2000 / 1000)
+
+
+def test_the_engines_own_time() -> None:
+    over = Overheads(step=1.0, sequence=0.1, row=0.01, drafting=2.0, drafted=0.2)
+    assert over.around(4, 12) == pytest.approx(1.52)
+    machine = replace(MACHINE, overheads=over)
+    for block, own in ((0, 1.44), (2, 1.52 + 2.0 + 0.8)):
+        draft = Draft("ngram", None, 0.5, 4)
+        extra = (
+            step(machine, MODEL, 4, 0, draft, block).seconds
+            - step(MACHINE, MODEL, 4, 0, draft, block).seconds
+        )
+        assert extra == pytest.approx(own)
 
 
 def test_devices_share_bytes_operations_and_kv_and_pay_all_reduces() -> None:

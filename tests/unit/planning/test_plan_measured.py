@@ -82,6 +82,9 @@ def test_a_probe_has_the_models_layers_and_bounds_its_size(monkeypatch: pytest.M
     whole = measured._probe(config(num_hidden_layers=4, vocab_size=4096), "int8", 0.0, pool)
     assert (len(whole.layers), whole.vocab, whole.hidden, whole.ffn) == (4, 4096, 64, 96)
     assert whole.layers[0].qkv.bias is not None
+    sparse = measured._probe(config(), "int8", 0.5, pool)
+    assert sparse.layers[1].down.tile_starts is not None
+    assert sparse.head.tile_starts is None
     size = sum(linear.num_bytes for linear in whole.linears[:4])
     monkeypatch.setattr(measured, "_MOST_BYTES", 2 * size)
     cut = measured._probe(config(num_hidden_layers=4, vocab_size=4096), "int8", 0.0, pool)
