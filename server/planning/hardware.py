@@ -200,4 +200,7 @@ def _overheads_text(over: Overheads) -> str:
         "drafting": "drafting",
         "a drafted sequence": "drafted",
     }
-    return ", ".join(f"{getattr(over, name) * 1e6:.0f} us {text}" for text, name in values.items())
+    spent = [
+        f"{getattr(over, name) * 1e6:.0f} us {text}" for text, name in values.items() if getattr(over, name)
+    ]
+    return ", ".join(spent) or "no time of its own"
