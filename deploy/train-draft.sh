@@ -1,0 +1,30 @@
+#!/bin/sh
+# Trains a draft and publishes it under a name that a server's configuration can keep: draft = "/drafts/current".
+#
+#   train-draft.sh TARGET [FLAGS of paceline train-draft]
+#
+# $DRAFTS (/drafts) is shared by trainers and servers, $KEEP (3) drafts stay in it. A job that was interrupted goes on
+# where it was, with the flags that it was started with; to begin anew, remove $DRAFTS/runs/unfinished.
+# A server takes the new draft when it starts the next time.
+set -eu
+drafts="${DRAFTS:-/drafts}"
+run="$drafts/runs/unfinished"
+mkdir -p "$drafts/runs" "$drafts/published"
+
+if [ -s "$run/recipe.json" ]; then
+    paceline train-draft "$1" --resume -o "$run"
+else
+    rm -rf "$run"
+    paceline train-draft "$@" -o "$run"
+fi
+
+name="$(date -u +%Y-%m-%dT%H-%M-%S)"
+paceline export "$run/best" -o "$drafts/published/$name"
+# A link made beside it and renamed over it: a server that starts now finds the old draft or the new one.
+ln -s "published/$name" "$drafts/.current"
+mv -T "$drafts/.current" "$drafts/current"
+mv "$run" "$drafts/runs/$name"
+for folder in runs published; do
+    find "$drafts/$folder" -mindepth 1 -maxdepth 1 -name '2*' | sort | head -n "-${KEEP:-3}" | xargs -r rm -rf
+done
+echo "published $drafts/published/$name as $drafts/current"
