@@ -11,11 +11,27 @@ drafts="${DRAFTS:-/drafts}"
 run="$drafts/runs/unfinished"
 mkdir -p "$drafts/runs" "$drafts/published"
 
+# What stops a container is SIGTERM to this shell; training answers SIGINT with a checkpoint and exit code 130, unless it
+# was started with that signal ignored, as shells do for what runs in the background.
+train() {
+    env --default-signal=INT paceline train-draft "$@" -o "$run" &
+    child=$!
+    trap 'kill -INT "$child"' INT TERM
+    code=0
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not yet the training
+        code=0
+        wait "$child" || code=$?
+    done
+    trap - INT TERM
+    return "$code"
+}
+
 if [ -s "$run/recipe.json" ]; then
-    paceline train-draft "$1" --resume -o "$run"
+    train "$1" --resume
 else
     rm -rf "$run"
-    paceline train-draft "$@" -o "$run"
+    train "$@"
 fi
 
 name="$(date -u +%Y-%m-%dT%H-%M-%S)"
