@@ -173,3 +173,18 @@ def test_every_rule_evaluates_and_none_fires(watched: Watched) -> None:
     assert {rule["name"] for rule in rules()} == set(alerts())
     assert [rule["lastError"] for rule in rules() if rule["health"] != "ok"] == []
     assert [rule["name"] for rule in rules() if rule["state"] == "firing"] == []
+
+
+def test_the_autoscalers_metrics_are_found_per_pod(watched: Watched) -> None:
+    """The adapter's rules, filled in as the adapter does it for one pod."""
+    rules = load_yaml("helm/prometheus-adapter.yaml")["rules"]["custom"]
+    assert len(rules) == 2
+    for rule in rules:
+        assert watched.prometheus.query(rule["seriesQuery"]), rule
+        series = rule["seriesQuery"].partition("{")[0]
+        matchers = ",".join(f'{label}="{value}"' for label, value in TARGET_LABELS.items())
+        query = rule["metricsQuery"].replace("<<.Series>>", series).replace("<<.LabelMatchers>>", matchers)
+        ((labels, value),) = watched.prometheus.query(query.replace("<<.GroupBy>>", "pod"))
+        assert labels == {"pod": TARGET_LABELS["pod"]}
+        assert value == 0  # idle
+        assert set(rule["resources"]["overrides"]) == set(TARGET_LABELS)
