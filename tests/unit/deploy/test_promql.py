@@ -17,7 +17,7 @@ from promql import grouping_labels, selectors
         ),
         ("deriv(sum without (i) (a_b)[10m:30s]) + rate(c:d[1d] offset 1h) / 1e3", {"a_b", "c:d"}, {"i"}),
         ("a / on () group_left (l) sum(b)", {"a", "b"}, {"l"}),
-        ('histogram_quantile(0.5, rate(a{b=~"c.*"}[$__rate_interval]))', {'a{b=~"c.*"}'}, set()),
+        ('histogram_quantile(0.5, rate(a{b=~"c.*"}[5m]))', {'a{b=~"c.*"}'}, set()),
     ],
 )
 def test_selectors_and_labels(query: str, names: set[str], labels: set[str]) -> None:
