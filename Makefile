@@ -19,11 +19,11 @@ READY := $(VENV)/.ready-$(ENV_ID)-$(shell cat pyproject.toml constraints.txt $(w
 
 # An install that broke off leaves this file behind; then no mark counts.
 ifneq ($(wildcard $(VENV)/.installing),)
-.PHONY: $(READY)-server $(READY)-dev $(READY)-bench
+.PHONY: $(READY)-server $(READY)-dev $(READY)-bench $(READY)-deploy
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test study soak fuzz bench bench-gpu report-gpu lint format types sanitize clang env clean
+.PHONY: help serve test study soak fuzz bench bench-gpu report-gpu lint lint-deploy format types sanitize clang env clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ lint: $(READY)-dev ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+lint-deploy: $(READY)-deploy ## deploy/: hadolint, helm, kustomize, Kubernetes' schemas; promtool and compose if there
+	VENV='$(VENV)' .ci/deploy
+
 format: $(READY)-dev ## ruff: mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -88,6 +91,10 @@ $(READY)-dev:
 $(READY)-bench:
 	$(call install,server$(comma)bench)
 	@touch $(READY)-server
+
+$(READY)-deploy:
+	$(call install,server$(comma)dev$(comma)deploy)
+	@touch $(READY)-server $(READY)-dev
 
 comma := ,
 

@@ -1,7 +1,8 @@
 """Prometheus metrics: the de-facto standard ``vllm:`` names and our own, in a registry of their own.
 
 ``Metrics`` is the engine's observer: the engine thread counts into it while HTTP threads render it. Counters
-and histograms only; gauges are read from the engine when somebody scrapes. Label ``model_name`` everywhere.
+and histograms only; gauges are read from the engine when somebody scrapes (``gauges``). Label ``model_name``
+everywhere but on what counts HTTP responses: a request that is refused may name no model.
 Times are seconds, lengths tokens.
 """
 
@@ -9,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client.core import Metric
 
 from paceline.server.decoding.policy import Reason
 from paceline.server.engine.interface import AsyncEngine, ModelInfo, RequestStats, StepStats
+from paceline.server.gauges import EngineGauges
 
 PHASES: Final = ("schedule", "draft", "forward", "sample", "commit")
 FINISHED_REASONS: Final = ("stop", "length", "abort", "error")
@@ -70,6 +71,12 @@ class Metrics:
         self._steered = _counter(
             self._registry, "paceline:steering_requests", "Finished choices that steering changed."
         )
+        self._responses = Counter(
+            "paceline:http_responses",
+            "HTTP responses, by endpoint and status.",
+            ["endpoint", "status"],
+            registry=self._registry,
+        )
         self._engine: AsyncEngine | None = None
         self._others: Callable[[], Iterable[Metric]] = tuple
 
@@ -83,7 +90,7 @@ class Metrics:
             return
         assert self._engine is None, "one Metrics serves one engine"
         self._engine = engine
-        self._registry.register(_EngineGauges(engine))
+        self._registry.register(EngineGauges(engine))
 
     def on_step(self, stats: StepStats) -> None:
         """Count one engine step."""
@@ -95,6 +102,14 @@ class Metrics:
         self._latency.add(stats)
         if stats.steered:
             self._steered.labels(stats.model).inc()
+
+    def on_response(self, endpoint: str, status: int) -> None:
+        """Count one HTTP response."""
+        self._responses.labels(endpoint, str(status)).inc()
+
+    def touch_responses(self, endpoint: str, status: int) -> None:
+        """Export the count of such responses before there is one."""
+        self._responses.labels(endpoint, str(status))
 
     def render(self) -> bytes:
         """The Prometheus text exposition."""
@@ -240,38 +255,6 @@ class _LatencyMetrics:
             histogram.labels(model)
         for reason in FINISHED_REASONS:
             self._finished.labels(model, reason)
-
-
-class _EngineGauges(Collector):
-    """What is true of the engine at the moment of the scrape."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        loads = self._engine.loads()
-        usage = self._engine.kv_usage()
-        yield _family(
-            "vllm:num_requests_running",
-            "Choices in the batch.",
-            {m: load.running for m, load in loads.items()},
-        )
-        yield _family(
-            "vllm:num_requests_waiting",
-            "Choices in the queue.",
-            {m: load.waiting for m, load in loads.items()},
-        )
-        # One budget serves all models, so each of them shows the same share.
-        yield _family(
-            "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", dict.fromkeys(loads, usage)
-        )
-
-
-def _family(name: str, text: str, values: dict[str, int] | dict[str, float]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=["model_name"])
-    for model, value in values.items():
-        family.add_metric([model], value)
-    return family
 
 
 def _counter(registry: CollectorRegistry, name: str, text: str, *labels: str) -> Counter:

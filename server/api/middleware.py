@@ -1,7 +1,7 @@
 """Pure ASGI middleware: request ids, the last catch for errors, and the body limit.
 
 Pure ASGI, because wrapping middleware that re-streams bodies hides ``http.disconnect`` and delays chunks.
-From the outside in: ``ErrorBoundary``, ``auth.RequireKey``, ``BodyLimit``, router.
+From the outside in: ``count.CountResponses``, ``ErrorBoundary``, ``auth.RequireKey``, ``BodyLimit``, router.
 """
 
 import logging

@@ -20,7 +20,7 @@ from paceline.server.engine.draft_proposer import DraftModelProposer
 from paceline.server.engine.engine import Engine
 from paceline.server.engine.examine import Examiner
 from paceline.server.engine.expert_proposer import ExpertProposer
-from paceline.server.engine.interface import EngineObserver, ModelInfo, SteeringInfo
+from paceline.server.engine.interface import EngineObserver, ModelInfo, SteeringInfo, WeightsInfo
 from paceline.server.engine.kernel_runner import KernelRunner
 from paceline.server.engine.kv_arena import KvArena, MemberShape
 from paceline.server.engine.kv_blocks import KvBlocks
@@ -168,6 +168,7 @@ def _serve(parts: Parts, runners: Mapping[str, TorchRunner | CpuRunner], engine:
         system_fingerprint=_fingerprint(target.key, parts.steering),
         weights_keys=tuple(loaded.key for _, loaded in parts.members),
         steering=_steering_info(parts.steering),
+        weights=WeightsInfo(target.format, target.sparsity.pattern, target.sparsity.share),
     )
     policy: Policy = AdaptivePolicy() if spec.speculation.policy == "adaptive" else FixedPolicy()
     return ServedModel(

@@ -80,13 +80,28 @@ class SteeringInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsInfo:
+    """What a served model's weights are.
+
+    Attributes:
+        format: they run in: "fp32", "bf16", "int8", "mixed" (int8, parts in bf16), or what vLLM calls it.
+        pattern: "dense", "unstructured" or n:m such as "2:4".
+        sparsity: share of the weights of the blocks' linears that are left out, 0 to 1.
+    """
+
+    format: str
+    pattern: str = "dense"
+    sparsity: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A served model as clients may know it.
 
     ``drafts`` are the proposer names a request may choose; ``default_draft`` is None when speculation is off by
     default. ``min_lenience`` is the least that requests may ask for. ``system_fingerprint`` changes when weights,
     formats or engine change. ``weights_keys`` name the weights that run, the target's first: hash, format and kernels.
-    ``engine`` is what runs it.
+    ``engine`` is what runs it, ``weights`` what the target's weights are.
     """
 
     name: str
@@ -102,6 +117,7 @@ class ModelInfo:
     weights_keys: tuple[str, ...] = ()
     steering: SteeringInfo | None = None
     engine: Literal["native", "vllm"] = "native"
+    weights: WeightsInfo = WeightsInfo("fp32")
 
 
 def native_only(field: str) -> InvalidRequestError:

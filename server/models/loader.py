@@ -28,6 +28,7 @@ from paceline.server.models.native_form import NativeCheckpoint, draft_vocab, is
 from paceline.server.models.packed_cache import PackedCache
 from paceline.server.models.packer import CONFIG, PackedFormat, Packer
 from paceline.server.models.progress import Progress, default_progress
+from paceline.server.models.sparsity import Sparsity, sparsity
 from paceline.server.models.tensors import CheckedTensors
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class LoadedModel:
         key: equal for equal weights in equal form; what may share cached KV.
         weights_sha256: of the checkpoint.
         kv_dtype: how K and V are stored.
+        format: "fp32", "bf16", "int8" or "mixed".
+        sparsity: of the checkpoint.
         weights: torch modules, or the plan of the CPU executor.
     """
 
@@ -52,6 +55,8 @@ class LoadedModel:
     config: ModelConfig
     kv_dtype: torch.dtype
     weights: Decoder | DecoderPlan
+    format: str
+    sparsity: Sparsity
 
 
 class ModelLoader:
@@ -137,14 +142,19 @@ class ModelLoader:
         fetch = CheckedTensors(checkpoint, config, dtype, self.device)
         key = f"{sha256}/torch-{weights}"
         decoder = Decoder(config, fetch, stored_sparse=fetch.sparse, vocab_ids=draft_vocab(checkpoint))
-        return LoadedModel(key, sha256, checkpoint.path, config, dtype, decoder.eval())
+        left_out = sparsity(checkpoint, config)
+        return LoadedModel(
+            key, sha256, checkpoint.path, config, dtype, decoder.eval(), format=weights, sparsity=left_out
+        )
 
     def _native(self, packer: Packer, format: PackedFormat, kept: Sequence[str]) -> LoadedModel:
         plan = compact(packer.plan(format, kept))
         name = "+".join([format, *kept]).replace(" ", "-")
         kv_dtype = torch.float32 if format == "fp32" else torch.bfloat16
         key = f"{packer.sha256}/cpu-{name}-{packer.pool.isa}"
-        return LoadedModel(key, packer.sha256, packer.checkpoint.path, packer.config, kv_dtype, plan)
+        path, config = packer.checkpoint.path, packer.config
+        left_out = sparsity(packer.checkpoint, config)
+        return LoadedModel(key, packer.sha256, path, config, kv_dtype, plan, format=format, sparsity=left_out)
 
 
 def _known_config(checkpoint: Checkpoint, sha256: str) -> ModelConfig:

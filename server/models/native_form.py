@@ -182,6 +182,12 @@ class NativeCheckpoint:
             raise ArtifactError(f"{self.path}: tensor {name} is not of this model")
         return self.sparse_form.read(self._stored, name, self._shapes.tensor_shape(name)[1])
 
+    def num_values(self, name: str) -> int | None:
+        """How many values a sparse linear stores, by their shape alone; None for all other tensors."""
+        if self.sparse_form is None or name not in self._sparse_names:
+            return None
+        return self.sparse_form.num_values(self._stored, name)
+
     def weights_sha256(self) -> str:
         """See ``Checkpoint.weights_sha256``; covers what is shared and the list's name where there are such."""
         own = self._stored.weights_sha256()

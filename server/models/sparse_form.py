@@ -100,6 +100,10 @@ class SparseForm:
         suffixes += [] if self.pattern.structured else [_OFFSETS]
         return [name + suffix for suffix in (*suffixes, *([SCALE] if self.in_int8 else []))]
 
+    def num_values(self, stored: Checkpoint, name: str) -> int:
+        """How many values a sparse linear stores; nothing is read but their shape."""
+        return stored.tensor(name + _VALUES).numel()
+
     def read(self, stored: Checkpoint, name: str, in_features: int) -> SparseWeight:
         """One linear.
 

@@ -17,6 +17,7 @@ DOCUMENTS = (
     "draftmodels/README.md",
     "clients/README.md",
     "kernels/README.md",
+    "deploy/README.md",
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMMANDS = PROJECT["entry-points"]["paceline.commands"]

@@ -16,7 +16,7 @@ from paceline.server.backends.vllm.installed import installed_vllm
 from paceline.server.backends.vllm.speculation import Speculation, find_speculation
 from paceline.server.backends.vllm.step_watch import StepWatch
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
-from paceline.server.engine.interface import ModelInfo
+from paceline.server.engine.interface import ModelInfo, WeightsInfo
 from paceline.server.errors import ConfigError
 from paceline.server.metrics import Metrics
 from paceline.server.models.native_form import is_native_form
@@ -78,6 +78,7 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
         default_draft=None if speculation is None else speculation.name,
         max_draft_tokens=0 if speculation is None else spec.speculation.max_draft_tokens,
         engine="vllm",
+        weights=WeightsInfo(weights_format(llm.model_config)),
         system_fingerprint=_fingerprint(path, version, str(llm.model_config.dtype)),
     )
     return Connected(
@@ -139,6 +140,13 @@ def _check_device(engine: EngineConfig, found: str) -> None:
         )
     if engine.threads is not None and found != "cpu":
         raise ConfigError(f"engine.threads: vLLM on {found} takes none; leave it out")
+
+
+def weights_format(model_config: Any) -> str:
+    """How vLLM says that its weights are quantized, else their type in our words."""
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    ours = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    return str(model_config.quantization or ours.get(dtype, dtype))
 
 
 def _fingerprint(path: Path, version: str, dtype: str) -> str:

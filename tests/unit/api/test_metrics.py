@@ -8,8 +8,17 @@ from asgi_client import AsgiClient
 from fake_engine import FakeEngine, model_info
 from prometheus_client.parser import text_string_to_metric_families
 
+from paceline.server.api.app import create_app
+from paceline.server.api.settings import ApiSettings
 from paceline.server.decoding.mixture import Pair
-from paceline.server.engine.interface import PromptView, RequestStats, SteeringInfo, StepStats
+from paceline.server.engine.interface import (
+    EngineState,
+    PromptView,
+    RequestStats,
+    SteeringInfo,
+    StepStats,
+    WeightsInfo,
+)
 from paceline.server.engine.request import SpeculationStats
 from paceline.server.metrics import Metrics
 
@@ -33,6 +42,13 @@ CONTRACT = {
     "vllm:e2e_request_latency_seconds": set(),
     "vllm:request_queue_time_seconds": set(),
     "paceline:step_seconds": {"phase"},
+    "paceline:model_info": {"engine", "weights", "pattern", "draft"},
+    "paceline:model_sparsity": set(),
+}
+#: Of the process, hence without ``model_name``.
+CONTRACT_PROCESS = {
+    "paceline:engine_state": {"state"},
+    "paceline:http_responses_total": {"endpoint", "status"},
 }
 #: Series that exist only once something has happened.
 CONTRACT_LATER = {
@@ -99,6 +115,14 @@ def test_every_name_of_the_contract_is_there_before_anything_happened(metrics: M
     assert text.count("# HELP vllm:prompt_tokens_total") == 1
 
 
+def test_what_is_of_the_process_names_no_model(client: AsgiClient) -> None:
+    families = list(text_string_to_metric_families(client.get("/metrics").text))
+    for name, labels in CONTRACT_PROCESS.items():
+        own = [s for family in families for s in family.samples if s.name == name]
+        assert own, name
+        assert {frozenset(sample.labels) for sample in own} == {frozenset(labels)}
+
+
 def test_steps_are_counted(metrics: Metrics) -> None:
     metrics.on_step(STEP)
     metrics.on_step(STEP)
@@ -154,6 +178,71 @@ def test_gauges_are_read_when_scraped() -> None:
     assert found["vllm:num_requests_running"] == 0
     assert found["vllm:num_requests_waiting"] == 2
     assert found["vllm:kv_cache_usage_perc"] == 0.25
+
+
+@pytest.mark.parametrize("state", ["loading", "ready", "draining", "stopped", "failed"])
+def test_the_engines_state_is_the_one_that_is_1(state: EngineState) -> None:
+    metrics = Metrics()
+    metrics.attach(FakeEngine(state=state))
+    states = {key: value for key, value in samples(metrics).items() if "engine_state" in key}
+    assert len(states) == 5
+    assert {key for key, value in states.items() if value == 1} == {f"paceline:engine_state{{state={state}}}"}
+    assert sum(states.values()) == 1
+
+
+def test_a_model_says_what_it_is() -> None:
+    metrics = Metrics()
+    sparse = model_info("half", weights=WeightsInfo("int8", "2:4", 0.5), default_draft=None)
+    metrics.attach(FakeEngine(model_info(engine="vllm", weights=WeightsInfo("fp8")), sparse))
+    page = metrics.render().decode()
+    found = samples(metrics)
+    assert found["paceline:model_info{draft=none,engine=native,pattern=2:4,weights=int8}"] == 1
+    assert found["paceline:model_info{draft=tiny-draft,engine=vllm,pattern=dense,weights=fp8}"] == 1
+    assert 'paceline:model_sparsity{model_name="half"} 0.5' in page
+    assert 'paceline:model_sparsity{model_name="fake"} 0.0' in page
+
+
+def test_responses_are_counted_by_endpoint_and_status(client: AsgiClient, engine: FakeEngine) -> None:
+    def counts() -> dict[str, float]:
+        page = client.get("/metrics").text
+        families = text_string_to_metric_families(page)
+        return {
+            f"{s.labels['endpoint']} {s.labels['status']}": s.value
+            for family in families
+            for s in family.samples
+            if s.name == "paceline:http_responses_total"
+        }
+
+    before = counts()
+    assert before["/v1/completions 200"] == before["/v1/chat/completions 500"] == 0
+    body = {"model": "fake", "prompt": "hi"}
+    client.post("/v1/completions", body)
+    client.post("/v1/completions", body | {"stream": True})
+    client.post("/v1/completions", body | {"temperature": -1})
+    client.post("/v1/completions", body | {"model": "another"})
+    engine.refuse = RuntimeError("broken")
+    client.post("/v1/completions", body)
+    client.get("/v1/nothing/of-the-kind")
+    client.get("/v1/models/fake")
+    after = counts()
+    assert after["/v1/completions 200"] == 2
+    assert after["/v1/completions 400"] == after["/v1/completions 404"] == after["/v1/completions 500"] == 1
+    assert after["other 404"] == after["other 200"] == 1
+    assert after["/metrics 200"] == 1
+    assert {key.partition(" ")[0] for key in after} <= {
+        "other",
+        "/metrics",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+    }
+
+
+def test_refused_keys_are_counted(engine: FakeEngine) -> None:
+    client = AsgiClient(create_app(engine, ApiSettings(api_keys=("k",)), Metrics()))
+    assert client.post("/v1/completions", {"model": "fake", "prompt": "hi"}).status_code == 401
+    page = client.get("/metrics").text
+    assert 'paceline:http_responses_total{endpoint="/v1/completions",status="401"} 1.0' in page
 
 
 def test_two_servers_in_one_process_do_not_mix() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.server.backends.vllm import speculation
+from paceline.server.backends.vllm.build import weights_format
 from paceline.server.backends.vllm.installed import installed_vllm
 from paceline.server.backends.vllm.speculation import find_speculation
 from paceline.server.backends.vllm.step_watch import StepWatch, accepted_per_block
@@ -111,3 +112,17 @@ def test_a_step_is_counted() -> None:
     assert list(step.accepted_per_block) == [2, 1]
     assert sum(step.drafted_per_block) == 5
     assert (watch.waiting, watch.kv_usage) == (3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "expected"),
+    [
+        ("torch.bfloat16", None, "bf16"),
+        ("torch.float8_e5m2", None, "float8_e5m2"),
+        ("torch.float16", "awq", "awq"),
+    ],
+)
+def test_the_weights_format_is_ours_or_what_vllm_calls_it(
+    dtype: str, quantization: str | None, expected: str
+) -> None:
+    assert weights_format(SimpleNamespace(dtype=dtype, quantization=quantization)) == expected
