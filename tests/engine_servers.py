@@ -1,0 +1,84 @@
+"""SmolLM2 served by either engine in a process of its own, bf16 on both, set up to be compared.
+
+``crash`` ends what computes: of vLLM its engine core's process, of the native engine, which has none, its thread, by a
+bug that a file sets off.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from served_process import ServedProcess
+from vllm_process import vllm_serve
+
+Engine = Literal["native", "vllm"]
+MODEL = "smol"
+#: Fixed blocks of three drafted tokens, accepted token by token: what both engines can do.
+_NATIVE = "kv_cache_gib = 0.5\nmax_running = 16\n"
+_NATIVE_DRAFT = "policy = 'fixed'\nverify = 'token'\nngram = false\n"
+_VLLM = "kind = 'vllm'\nkv_cache_gib = 0.3\nmax_running = 16\n[engine.vllm]\nmax_model_len = 1024\nenforce_eager = true\n"
+#: ``paceline serve`` with a bug: the engine's next step fails once the file exists.
+_MAIN = """
+import sys
+from pathlib import Path
+from paceline.clients.console import main
+from paceline.server.engine.engine import Engine
+step, file = Engine.step, Path(sys.argv.pop(1))
+def broken(self):
+    if file.exists():
+        raise RuntimeError("a bug in a step")
+    return step(self)
+Engine.step = broken
+sys.exit(main())
+"""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A ready server; ``draft`` is None where it serves without one."""
+
+    engine: Engine
+    process: ServedProcess
+    draft: str | None
+
+    @property
+    def url(self) -> str:
+        return self.process.url
+
+    def crash(self) -> None:
+        """End what computes, while it computes."""
+        if self.engine == "native":
+            (self.process.folder / "crash").touch()
+            return
+        children = psutil.Process(self.process.child.pid).children()
+        (core,) = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+        core.kill()
+
+
+@contextmanager
+def serving(engine: Engine, folder: Path, target: Path, draft: str | None) -> Iterator[Served]:
+    """Serve ``target`` until the end of the block; skips the test where there is no vLLM.
+
+    Args:
+        folder: empty; for output and files.
+        draft: a reference, drafting three tokens at a time.
+    """
+    config = f"[engine]\n{_NATIVE if engine == 'native' else _VLLM}[[models]]\nname = '{MODEL}'\ntarget = {str(target)!r}\n"
+    config += "weights = 'bf16'\n[models.speculation]\n"
+    config += f"draft = {draft or 'none'!r}\nmax_draft_tokens = 3\n{_NATIVE_DRAFT if engine == 'native' else ''}"
+    if engine == "vllm":
+        with vllm_serve(folder, config) as process:
+            yield Served(engine, process, draft)
+        return
+    (folder / "paceline.toml").write_text(config, encoding="utf-8")
+    arguments = [str(folder / "crash"), "serve", "--port", "0", "--config", str(folder / "paceline.toml")]
+    process = ServedProcess(folder, [sys.executable, "-c", _MAIN, *arguments])
+    try:
+        process.until(lambda: "Try it" in process.out)
+        yield Served(engine, process, draft)
+    finally:
+        process.kill()
