@@ -20,7 +20,13 @@ MODEL = "smol"
 #: Fixed blocks of three drafted tokens, accepted token by token: what both engines can do.
 _NATIVE = "kv_cache_gib = 0.5\nmax_running = 16\n"
 _NATIVE_DRAFT = "policy = 'fixed'\nverify = 'token'\nngram = false\n"
-_VLLM = "kind = 'vllm'\nkv_cache_gib = 0.3\nmax_running = 16\n[engine.vllm]\nmax_model_len = 1024\nenforce_eager = true\n"
+_VLLM = """kind = 'vllm'
+kv_cache_gib = 0.3
+max_running = 16
+[engine.vllm]
+max_model_len = 1024
+enforce_eager = true
+"""
 #: ``paceline serve`` with a bug: the engine's next step fails once the file exists.
 _MAIN = """
 import sys
@@ -67,9 +73,18 @@ def serving(engine: Engine, folder: Path, target: Path, draft: str | None) -> It
         folder: empty; for output and files.
         draft: a reference, drafting three tokens at a time.
     """
-    config = f"[engine]\n{_NATIVE if engine == 'native' else _VLLM}[[models]]\nname = '{MODEL}'\ntarget = {str(target)!r}\n"
-    config += "weights = 'bf16'\n[models.speculation]\n"
-    config += f"draft = {draft or 'none'!r}\nmax_draft_tokens = 3\n{_NATIVE_DRAFT if engine == 'native' else ''}"
+    native = engine == "native"
+    config = f"""[engine]
+{_NATIVE if native else _VLLM}
+[[models]]
+name = '{MODEL}'
+target = {str(target)!r}
+weights = 'bf16'
+[models.speculation]
+draft = {draft or "none"!r}
+max_draft_tokens = 3
+{_NATIVE_DRAFT if native else ""}
+"""
     if engine == "vllm":
         with vllm_serve(folder, config) as process:
             yield Served(engine, process, draft)

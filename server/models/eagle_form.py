@@ -2,7 +2,7 @@
 
 Owns tensor names and configuration of that form (EAGLE-1, arXiv:2401.15077; vLLM's ``llama_eagle.py``): names without
 ``model.`` before them, no head, as vLLM takes the target's. Its only architecture for blocks like these is Llama; Qwen2
-blocks are Llama blocks with biases on q, k and v. vLLM runs no row for the first token: ``eagle_start`` makes up for it.
+blocks are Llama blocks with biases on q, k and v. It has no row for the first token: ``eagle_start`` makes up for it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Two replicas behind nginx with ``deploy/nginx.conf``: requests spread, one replica is killed under load, none is lost.
+"""Two replicas behind nginx with ``deploy/nginx.conf``: requests spread, one replica is killed under load.
 
 Tiny models, real processes: nginx as Debian packages it. Needs no weights, but nginx, and is skipped without.
 """
@@ -97,7 +97,12 @@ def answered(replica: ServedProcess) -> float:
 
 
 def test_one_of_two_replicas_is_killed_under_load(cluster: Cluster) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 40, "extra_body": {"ignore_eos": True}}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "temperature": 0,
+        "max_tokens": 40,
+        "extra_body": {"ignore_eos": True},
+    }
     under_way = threading.Barrier(CLIENTS + 1)
     with openai.OpenAI(base_url=cluster.url + "/v1", api_key="x", max_retries=3, timeout=60) as client:
 
@@ -106,7 +111,9 @@ def test_one_of_two_replicas_is_killed_under_load(cluster: Cluster) -> None:
             for turn in range(EACH):
                 if turn == EACH // 3:
                     under_way.wait(PATIENCE_SECONDS)
-                texts.append(client.completions.create(prompt=f"client {number % 4}", **asked).choices[0].text)
+                texts.append(
+                    client.completions.create(prompt=f"client {number % 4}", **asked).choices[0].text
+                )
             return texts
 
         with ThreadPoolExecutor(CLIENTS) as pool:
@@ -122,7 +129,9 @@ def test_one_of_two_replicas_is_killed_under_load(cluster: Cluster) -> None:
         survivor = next(address for address in cluster.replicas if address != killed)
         stream = client.completions.create(prompt="again", stream=True, **asked)
         assert len(list(stream)) > 5
-        raw = httpx.post(cluster.url + "/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 1})
+        raw = httpx.post(
+            cluster.url + "/v1/completions", json={"model": MODEL, "prompt": "a", "max_tokens": 1}
+        )
     assert (raw.status_code, raw.headers["x-replica"].split(", ")[-1]) == (200, survivor)
     assert cluster.replicas[survivor].status("/ready") == 200
     assert httpx.get(cluster.url + "/metrics").status_code == 404
@@ -130,7 +139,14 @@ def test_one_of_two_replicas_is_killed_under_load(cluster: Cluster) -> None:
 
 def killed_while_streaming(cluster: Cluster) -> str:
     """Kill the replica that a stream comes from: the stream breaks, asked again it is whole. Which replica that was."""
-    body = {"model": MODEL, "prompt": "a stream", "max_tokens": 200, "n": 8, "ignore_eos": True, "stream": True}
+    body = {
+        "model": MODEL,
+        "prompt": "a stream",
+        "max_tokens": 200,
+        "n": 8,
+        "ignore_eos": True,
+        "stream": True,
+    }
     address = ""
 
     def stream(on_first: Callable[[str], None]) -> str:

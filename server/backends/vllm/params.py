@@ -68,7 +68,7 @@ def check_request(
     if greedy_only and request.sampling.temperature > 0:
         raise InvalidRequestError(
             "'temperature' above 0 is not available: this server runs vLLM on a CPU with a draft, where this version of "
-            "vLLM samples wrongly unless Paceline is installed beside it; ask with 'temperature': 0, serve it with "
+            "vLLM samples wrongly unless Paceline is installed there; ask with 'temperature': 0, serve it with "
             "--draft none, or use the native engine.",
             param="temperature",
             code="native_engine_only",

@@ -1,4 +1,4 @@
-"""Loaded by vLLM in each of its processes (entry point ``vllm.general_plugins``): mends sampling beside a draft on CPUs.
+"""Loaded by vLLM in each of its processes (entry point ``vllm.general_plugins``): sampling beside a draft on CPUs.
 
 Without Triton's CPU backend, vLLM 0.32 replaces the Triton kernel that spreads a request's temperature, top_k and top_p
 over its drafted rows by ``cpu_triton_utils._expand_kernel_impl``. That converts them to int64, so that a temperature
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paceline.server.backends.vllm.installed import installed_vllm
 
-#: Set by ``build`` for its own vLLM and inherited by that one's processes: other users of this environment get vLLM as it is.
+#: Set by ``build`` and inherited by its vLLM's processes: other users of this environment get vLLM as it is.
 WANTED = "PACELINE_MEND_VLLM"
 
 

@@ -87,9 +87,7 @@ def test_a_seed_is_refused_where_the_draft_draws_without_it() -> None:
     refused = ask("/v1/completions", seeded, unseeded=True, **DRAFT)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "seed"
-    assert (
-        ask("/v1/completions", seeded | {"temperature": 0}, unseeded=True, **DRAFT).status_code == 200
-    )
+    assert ask("/v1/completions", seeded | {"temperature": 0}, unseeded=True, **DRAFT).status_code == 200
     assert ask("/v1/completions", seeded, **DRAFT).status_code == 200  # n-grams
 
 

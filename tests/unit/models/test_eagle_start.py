@@ -1,4 +1,4 @@
-"""The row that vLLM leaves out: the correction of ``fc`` on states of which the first of a text is unlike the others."""
+"""The row that vLLM leaves out: the correction of ``fc``, on states of which the first of a text is unlike others."""
 
 import logging
 from pathlib import Path
@@ -25,7 +25,9 @@ def random_rows(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Ten
     others = torch.randn(400, HIDDEN, generator=generator)
     others[:, 8:] *= 0.01  # they fill a part of the space; the first state lies mostly outside of it
     native = torch.cat((embedding * 0.1, torch.zeros(HIDDEN))).expand(8, -1)
-    first = torch.cat((second.expand(8, -1), state + 0.01 * torch.randn(8, HIDDEN, generator=generator)), dim=1)
+    first = torch.cat(
+        (second.expand(8, -1), state + 0.01 * torch.randn(8, HIDDEN, generator=generator)), dim=1
+    )
     return fc, native, first, others
 
 
