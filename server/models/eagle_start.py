@@ -1,12 +1,13 @@
 """The first row of a draft that reads states, made up for in the ``eagle`` form, where vLLM leaves it out.
 
 Natively row i joins the embedding of token i with the target's state at i - 1, and row 0 the first token's embedding
-with zeros. The draft's attention rests on that row wherever it has nothing better to look at (an attention sink). vLLM's
-first row is our row 1, and nothing takes the place of row 0: the shipped draft lost a third of its accepted tokens.
+with zeros. The draft's attention rests on that row wherever it has nothing better to look at (an attention sink). The
+first row in vLLM is our row 1, and nothing takes the place of row 0: the shipped draft lost a third of its accepted
+tokens.
 
-The target's state h_0 at the first token is unlike all others. So ``fc`` gets a correction of rank one, on its half that
-reads states, that turns vLLM's first row, fc [e(x_1), h_0], into ours, fc [e(x_0), 0], and leaves the other rows nearly
-as they were. Shapes: joined rows [rows, 2 * hidden], states [rows, hidden], fp32. Knows nothing of files.
+The target's state h_0 at the first token is unlike all others. So ``fc`` gets a correction of rank one, on its half
+that reads states, that turns vLLM's first row, fc [e(x_1), h_0], into ours, fc [e(x_0), 0], and leaves the other rows
+nearly as they were. Shapes: joined rows [rows, 2 * hidden], states [rows, hidden], fp32. Knows nothing of files.
 """
 
 import logging

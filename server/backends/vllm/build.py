@@ -37,7 +37,7 @@ def build_vllm(config: PacelineConfig, metrics: Metrics) -> VllmEngine:
     version = installed_vllm()
 
     def connect() -> Connected:
-        return _connect(config, metrics, version)
+        return load(config, metrics, version)
 
     def kill() -> None:
         from paceline.server.backends.vllm.connect import kill_processes
@@ -47,7 +47,7 @@ def build_vllm(config: PacelineConfig, metrics: Metrics) -> VllmEngine:
     return VllmEngine(connect, metrics, max_queued_requests=config.server.max_queued_requests, kill=kill)
 
 
-def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connected:
+def load(config: PacelineConfig, metrics: Metrics, version: str) -> Connected:
     """Load everything; blocks for as long as that takes.
 
     Raises:

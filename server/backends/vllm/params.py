@@ -67,8 +67,8 @@ def check_request(
         raise native_only("steering")
     if greedy_only and request.sampling.temperature > 0:
         raise InvalidRequestError(
-            "'temperature' above 0 is not available: this server runs vLLM on a CPU with a draft, where this version of "
-            "vLLM samples wrongly unless Paceline is installed there; ask with 'temperature': 0, serve it with "
+            "'temperature' above 0 is not available: this server runs vLLM on a CPU with a draft, where this version "
+            "of vLLM samples wrongly unless Paceline is installed there; ask with 'temperature': 0, serve it with "
             "--draft none, or use the native engine.",
             param="temperature",
             code="native_engine_only",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.server.config.schema import AUTO_DRAFT, EXPERT_DRAFT, ModelSpec
+from paceline.server.config.vllm import read_schedule
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.errors import ArtifactError, ConfigError
 from paceline.server.models.bundled import bundled, bundled_draft
@@ -65,7 +66,12 @@ def find_speculation(
         UserError: a draft that cannot be found, does not fit or has no form that vLLM loads.
     """
     found = _find(spec, target, tokenizer, greedy_only=greedy_only)
-    return None if found is None else replace(found, greedy_only=greedy_only)
+    if found is None:
+        return None
+    wish = spec.speculation
+    ranges = read_schedule(wish.draft_schedule, wish.max_draft_tokens, "models.speculation.draft_schedule")
+    by_batch = {"num_speculative_tokens_per_batch_size": ranges} if ranges else {}
+    return replace(found, greedy_only=greedy_only, config={**found.config, **by_batch})
 
 
 def _find(spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, greedy_only: bool) -> Speculation | None:

@@ -89,6 +89,14 @@ def test_ngram_is_vllms_own() -> None:
     assert not found.unseeded  # n-grams draw nothing
 
 
+def test_a_schedule_is_passed_on() -> None:
+    wish = SpeculationConfig(draft="ngram", max_draft_tokens=3, draft_schedule=("8:3", "0"))
+    found = find_speculation(ModelSpec("m", "t", speculation=wish), Path("t"), None, greedy_only=False)  # type: ignore[arg-type]
+    assert found is not None
+    (first, second) = found.config["num_speculative_tokens_per_batch_size"]
+    assert (first, second[0], second[2]) == ((1, 8, 3), 9, 0)
+
+
 def test_where_sampling_is_wrong_a_draft_is_for_greedy_requests_and_none_comes_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
