@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import psutil
 from served_process import ServedProcess
 from vllm_process import vllm_serve
@@ -45,11 +46,17 @@ sys.exit(main())
 
 @dataclass(frozen=True)
 class Served:
-    """A ready server; ``draft`` is None where it serves without one."""
+    """A ready server.
+
+    Attributes:
+        draft: None where it serves without one.
+        loading: its answers to GET /health, GET /ready and a completion before it was ready.
+    """
 
     engine: Engine
     process: ServedProcess
     draft: str | None
+    loading: tuple[httpx.Response, httpx.Response, httpx.Response]
 
     @property
     def url(self) -> str:
@@ -63,6 +70,15 @@ class Served:
         children = psutil.Process(self.process.child.pid).children()
         (core,) = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
         core.kill()
+
+
+def ready(engine: Engine, process: ServedProcess, draft: str | None) -> Served:
+    """A server that has just been started, once it is ready."""
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 1}
+    health, readiness = (httpx.get(process.url + path) for path in ("/health", "/ready"))
+    answer = httpx.post(process.url + "/v1/completions", json=body)
+    process.until(lambda: "Try it" in process.out)
+    return Served(engine, process, draft, (health, readiness, answer))
 
 
 @contextmanager
@@ -85,15 +101,14 @@ draft = {draft or "none"!r}
 max_draft_tokens = 3
 {_NATIVE_DRAFT if native else ""}
 """
-    if engine == "vllm":
+    if not native:
         with vllm_serve(folder, config) as process:
-            yield Served(engine, process, draft)
+            yield ready(engine, process, draft)
         return
     (folder / "paceline.toml").write_text(config, encoding="utf-8")
     arguments = [str(folder / "crash"), "serve", "--port", "0", "--config", str(folder / "paceline.toml")]
     process = ServedProcess(folder, [sys.executable, "-c", _MAIN, *arguments])
     try:
-        process.until(lambda: "Try it" in process.out)
-        yield Served(engine, process, draft)
+        yield ready(engine, process, draft)
     finally:
         process.kill()

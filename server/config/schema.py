@@ -88,7 +88,7 @@ class SpeculationConfig:
         "adaptive",
     )
     draft_schedule: tuple[str, ...] = key_field(
-        'vLLM only: draft tokens by how many sequences run. "4:3", "16:1", "0" drafts 3 up to 4, 1 up to 16, then none.',
+        'vLLM only: draft tokens by how many sequences run: "4:3", "16:1", "0" drafts 3 up to 4, 1 up to 16, 0 beyond.',
         (),
     )
     ngram: bool = key_field(

@@ -86,6 +86,16 @@ def greedy_texts(client: openai.OpenAI) -> list[str]:
 # Without a draft.
 
 
+def test_a_server_that_loads_says_so(plain: Served) -> None:
+    health, readiness, answer = plain.loading
+    assert health.status_code == 200
+    for refused in (readiness, answer):
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        error = refused.json()["error"]
+        assert (error["type"], error["code"]) == ("service_unavailable", "loading")
+
+
 def test_seeds_and_choices(plain: Served) -> None:
     with client_of(plain) as client:
 
