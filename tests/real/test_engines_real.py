@@ -118,7 +118,7 @@ def test_sampled_text_has_the_same_distribution_with_a_draft(plain: Served, draf
         with client_of(plain) as one, client_of(drafted) as other:
             counts = [beginnings(asked, campaign.size(160), **sampling) for asked in (one, other)]
         table = contingency(*counts)
-        assert table.shape[1] > 5
+        assert table.shape[1] > 3
         assert stats.chi2_contingency(table).pvalue > 1e-4
 
 
