@@ -28,7 +28,7 @@ def acceptance(served: Served, temperature: float, least: int) -> tuple[int, int
     with httpx.Client(timeout=PATIENCE_SECONDS) as http, ThreadPoolExecutor(16) as pool:
 
         def ask(prompt: str) -> dict[str, int]:
-            body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}]}
+            body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": prompt}]}
             body |= {"temperature": temperature, "max_tokens": 160 if campaign.FULL else 48}
             answer = http.post(served.url + "/v1/chat/completions", json=body)
             return cast(dict[str, int], answer.json()["metrics"]["speculative_decoding"])

@@ -73,7 +73,7 @@ def test_the_exported_draft_gives_the_native_drafts_logits(
     features = torch.randn(len(TOKENS), 64, generator=torch.Generator().manual_seed(1))
     oracle = FeatureOracle(folder, target)
     fc = corrected_fc(NativeCheckpoint(folder, open_checkpoint(target)), open_checkpoint(target))
-    oracle._fc.weight.copy_(fc.to(BF16))
+    oracle.replace_fc(fc.to(BF16).float())
     expected, _ = oracle.rows(TOKENS, features)
     got = eagle_logits(tmp_path / "out", head, features)
     # The embedding alone is rounded: it is the target's, in fp32.
