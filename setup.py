@@ -2,7 +2,8 @@
 
 One shared library without Python in it. Each ``kernels_<isa>.cpp`` is compiled for its own instruction set, the rest
 for the baseline, and the choice is made at run time. Without a compiler the package installs all the same and says at
-run time that the kernels are missing. ``PACELINE_NATIVE_FLAGS`` adds flags (sanitizers).
+run time that the kernels are missing. ``PACELINE_NATIVE_FLAGS`` adds flags (sanitizers); ``PACELINE_NATIVE=0`` compiles
+nothing, for an environment that serves by vLLM only.
 """
 
 import os
@@ -67,4 +68,5 @@ native = Extension(
     language="c++",
     optional=True,
 )
-setup(ext_modules=[] if sys.platform == "win32" else [native], cmdclass={"build_ext": BuildNative})
+unwanted = sys.platform == "win32" or os.environ.get("PACELINE_NATIVE") == "0"
+setup(ext_modules=[] if unwanted else [native], cmdclass={"build_ext": BuildNative})

@@ -143,6 +143,7 @@ async def ready_engine(
     *,
     max_queued: int = 8,
     greedy_only: bool = False,
+    unseeded: bool = False,
     **about: Any,
 ) -> VllmEngine:
     """An engine over ``llm`` that runs two choices at a time; ``about`` is of its model."""
@@ -158,6 +159,7 @@ async def ready_engine(
         max_running=2,
         watch=watch,
         greedy_only=greedy_only,
+        unseeded=unseeded,
     )
     engine = VllmEngine(lambda: connected, observer, max_queued_requests=max_queued, kill=lambda: None)
     await engine.start()

@@ -66,6 +66,10 @@ class FeatureOracle:
                 if isinstance(module, nn.Linear):
                     self._blocks.set_submodule(name, _Int8(module))
 
+    def replace_fc(self, weight: Tensor) -> None:
+        """Join embeddings and states with another fp32 [hidden, 2 * hidden]."""
+        self._fc = _linear(weight, "fp32")
+
     @torch.inference_mode()
     def rows(self, tokens: Sequence[int], features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and states of every row: fp32 [tokens, k], [tokens, hidden]; ``features`` fp32 [tokens, hidden]."""

@@ -28,7 +28,13 @@ from paceline.server.config.schema import (
 )
 from paceline.server.config.steering import read_steering
 from paceline.server.config.values import convert, nearest
-from paceline.server.config.vllm import check_vllm, engine_arguments, model_arguments, read_arguments
+from paceline.server.config.vllm import (
+    check_native,
+    check_vllm,
+    engine_arguments,
+    model_arguments,
+    read_arguments,
+)
 from paceline.server.errors import ConfigError
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
@@ -85,10 +91,12 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, o
     _check_names(specs, path)
     engine = EngineConfig(**_section(shared, "engine"))
     if engine.kind == "vllm":
-        check_vllm(engine, specs, _given(models[0].layer | for_model, "speculation"))
+        check_vllm(replace(engine, vllm=vllm), specs, _given(models[0].layer | for_model, "speculation"))
         vllm = engine_arguments(_given(shared, "engine"), vllm)
         vllm = model_arguments(specs[0], vllm, _spot(path, 0))
-    elif vllm:
+    else:
+        check_native(_given(layer.layer | for_model, "speculation") for layer in models)
+    if vllm and engine.kind != "vllm":
         raise ConfigError(
             f'{path}:engine.vllm: read with engine.kind = "vllm" only; leave one of the two out'
         )

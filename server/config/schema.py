@@ -87,6 +87,10 @@ class SpeculationConfig:
         "How the draft length is chosen: adaptive drafts up to max_draft_tokens as far as it pays, fixed always them.",
         "adaptive",
     )
+    draft_schedule: tuple[str, ...] = key_field(
+        'vLLM only: draft tokens by how many sequences run: "4:3", "16:1", "0" drafts 3 up to 4, 1 up to 16, 0 beyond.',
+        (),
+    )
     ngram: bool = key_field(
         "Let requests, and the adaptive policy, use n-gram proposals beside the draft.", True
     )

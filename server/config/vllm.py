@@ -5,7 +5,8 @@ our keys vLLM does not have. Whether an argument exists at all is for the instal
 module must work without one.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +83,8 @@ _FROM_ENGINE = {
     "block_size": "block_size",
     "prefix_caching": "enable_prefix_caching",
 }
+#: More than ever run at the same time.
+_ANY_BATCH = 10_000_000
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -170,9 +173,60 @@ def check_vllm(
         raise ConfigError(f"models.steering of {spec.name}: {NATIVE_ONLY}")
     if spec.speculation.min_lenience != 1:
         raise ConfigError(f"{given['min_lenience'][1]}: {NATIVE_ONLY}")
+    if "draft_schedule" in given:
+        place = given["draft_schedule"][1]
+        read_schedule(spec.speculation.draft_schedule, spec.speculation.max_draft_tokens, place)
+        if engine.vllm.get("data_parallel_size", 1) > 1:
+            raise ConfigError(
+                f"{place}: vLLM has none with engine.vllm.data_parallel_size above 1; leave one out"
+            )
     for name, other in (("verify", "block"), ("policy", "adaptive"), ("ngram", True)):
         if name in given and given[name][0] == other:
             raise ConfigError(f"{given[name][1]}: {str(other).lower()}: {NATIVE_ONLY}")
+
+
+def check_native(given: Iterable[Mapping[str, tuple[Any, str]]]) -> None:
+    """Refuse what only vLLM does.
+
+    Args:
+        given: per model, keys of [models.speculation] that somebody set.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for keys in given:
+        if "draft_schedule" in keys:
+            raise ConfigError(
+                f"{keys['draft_schedule'][1]}: for vLLM only; the native engine measures as it serves (policy = "
+                '"adaptive")'
+            )
+
+
+def read_schedule(texts: Sequence[str], longest: int, place: str) -> list[tuple[int, int, int]]:
+    """``draft_schedule`` as vLLM's ``num_speculative_tokens_per_batch_size``: (first, last, draft tokens) in order.
+
+    Args:
+        longest: ``max_draft_tokens``.
+
+    Raises:
+        ConfigError: entries that cannot be read or do not rise, or more draft tokens than that.
+    """
+    ranges: list[tuple[int, int, int]] = []
+    for number, text in enumerate(texts):
+        match = re.fullmatch(r"(?:([1-9][0-9]{0,6}):)?([0-9]{1,4})", text)
+        if match is None or (match[1] is None) != (number == len(texts) - 1):
+            raise ConfigError(
+                f'{place}: expected entries like "16:2", up to 16 sequences draft 2, and a last one like "0" for all '
+                f'beyond, got "{text}"'
+            )
+        first, length = ranges[-1][1] + 1 if ranges else 1, int(match[2])
+        last = int(match[1]) if match[1] is not None else _ANY_BATCH
+        if last < first:
+            raise ConfigError(f'{place}: "{text}" does not go beyond the entry before it')
+        if length > longest:
+            raise ConfigError(f'{place}: "{text}" drafts more than max_draft_tokens = {longest}')
+        ranges.append((first, last, length))
+    return ranges
 
 
 def _once(argument: str, arguments: Mapping[str, Any], place: str) -> None:

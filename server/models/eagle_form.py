@@ -2,13 +2,13 @@
 
 Owns tensor names and configuration of that form (EAGLE-1, arXiv:2401.15077; vLLM's ``llama_eagle.py``): names without
 ``model.`` before them, no head, as vLLM takes the target's. Its only architecture for blocks like these is Llama; Qwen2
-blocks are Llama blocks with biases on q, k and v.
+blocks are Llama blocks with biases on q, k and v. It has no row for the first token: ``eagle_start`` makes up for it.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from paceline.server.errors import ArtifactError
-from paceline.server.models.config import EAGLE_ARCHITECTURE, EMBEDDING, HEAD, READS_STATE
+from paceline.server.models.config import EAGLE_ARCHITECTURE, EMBEDDING, FC, HEAD, READS_STATE
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +49,12 @@ def eagle_tensors(checkpoint: "NativeCheckpoint", target: "Checkpoint") -> dict[
     """
     import torch
 
+    from paceline.server.models.eagle_start import corrected_fc
+
     _check_head(checkpoint, target)
-    names = [name for name in checkpoint.tensor_names() if name != HEAD]
-    return {name.removeprefix("model."): checkpoint.tensor(name).to(torch.bfloat16) for name in names}
+    names = [name for name in checkpoint.tensor_names() if name not in (HEAD, FC)]
+    tensors = {name: checkpoint.tensor(name) for name in names} | {FC: corrected_fc(checkpoint, target)}
+    return {name.removeprefix("model."): tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
 
 
 def _check_head(checkpoint: "NativeCheckpoint", target: "Checkpoint") -> None:

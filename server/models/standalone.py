@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 #: Part of the cache key: raise it when the conversion changes.
-_CONVERTER = 1
+_CONVERTER = 2
 
 
 def plain_folder(path: Path, cache: Path | None = None) -> Path:

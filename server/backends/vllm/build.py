@@ -11,8 +11,9 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from paceline.server.backends.vllm import plugin
 from paceline.server.backends.vllm.engine import Connected, VllmEngine
-from paceline.server.backends.vllm.installed import installed_vllm
+from paceline.server.backends.vllm.installed import installed_vllm, loads_plugin
 from paceline.server.backends.vllm.speculation import Speculation, find_speculation
 from paceline.server.backends.vllm.step_watch import StepWatch
 from paceline.server.config.schema import EngineConfig, ModelSpec, PacelineConfig
@@ -36,7 +37,7 @@ def build_vllm(config: PacelineConfig, metrics: Metrics) -> VllmEngine:
     version = installed_vllm()
 
     def connect() -> Connected:
-        return _connect(config, metrics, version)
+        return load(config, metrics, version)
 
     def kill() -> None:
         from paceline.server.backends.vllm.connect import kill_processes
@@ -46,7 +47,7 @@ def build_vllm(config: PacelineConfig, metrics: Metrics) -> VllmEngine:
     return VllmEngine(connect, metrics, max_queued_requests=config.server.max_queued_requests, kill=kill)
 
 
-def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connected:
+def load(config: PacelineConfig, metrics: Metrics, version: str) -> Connected:
     """Load everything; blocks for as long as that takes.
 
     Raises:
@@ -64,7 +65,9 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
     spec = config.models[0]
     path = _target(spec)
     tokenizer = load_tokenizer(path)
-    speculation = find_speculation(spec, path, tokenizer, device=connect.device_type())
+    # On a CPU vLLM 0.32 samples noise beside a draft where nobody mends it.
+    greedy_only = connect.device_type() == "cpu" and not loads_plugin()
+    speculation = find_speculation(spec, path, tokenizer, greedy_only=greedy_only)
     watch = StepWatch(spec.name, metrics)
     llm = connect.start(_arguments(config, path, speculation), watch.record)
     metrics.include(connect.metrics)
@@ -89,6 +92,7 @@ def _connect(config: PacelineConfig, metrics: Metrics, version: str) -> Connecte
         llm.vllm_config.scheduler_config.max_num_seqs,
         watch,
         greedy_only=speculation is not None and speculation.greedy_only,
+        unseeded=speculation is not None and speculation.unseeded,
     )
 
 
@@ -127,6 +131,7 @@ def _set_environment(engine: EngineConfig) -> None:
     # A fork of a process that runs threads (uvicorn's, torch's) may deadlock.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[plugin.WANTED] = "1"
     if engine.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(engine.threads)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -66,7 +66,7 @@ class Connected:
         is_client_error: whether an exception of ``generate`` says that the request is at fault.
         max_running: choices that vLLM runs at the same time; more are waiting.
         watch: what it told of its last steps.
-        greedy_only: see ``params.check_request``.
+        greedy_only, unseeded: see ``params.check_request``.
     """
 
     llm: Llm
@@ -76,6 +76,7 @@ class Connected:
     max_running: int
     watch: StepWatch
     greedy_only: bool = False
+    unseeded: bool = False
 
 
 class VllmEngine:
@@ -201,7 +202,9 @@ class VllmEngine:
     def _check(self, request: Request, connected: Connected) -> None:
         if request.model != connected.model.name:
             raise UnknownModelError(f"the model {request.model!r} is not served here", param="model")
-        check_request(request, connected.model, greedy_only=connected.greedy_only)
+        check_request(
+            request, connected.model, greedy_only=connected.greedy_only, unseeded=connected.unseeded
+        )
         if request.id in self._streams:
             raise InvalidRequestError(f"request id {request.id!r} is already in use")
         waiting = self._waiting()

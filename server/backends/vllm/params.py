@@ -45,11 +45,14 @@ def choice_seed(seed: int, choice: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big") >> 1
 
 
-def check_request(request: Request, model: ModelInfo, *, greedy_only: bool = False) -> None:
+def check_request(
+    request: Request, model: ModelInfo, *, greedy_only: bool = False, unseeded: bool = False
+) -> None:
     """Raise InvalidRequestError for what can never run.
 
     Args:
         greedy_only: whether vLLM would sample wrongly (``Speculation.greedy_only``).
+        unseeded: whether a seed would not repeat a sampled text (``Speculation.unseeded``).
     """
     needed = len(request.prompt_ids) + max(1, request.sampling.max_tokens)
     if not request.prompt_ids:
@@ -64,10 +67,17 @@ def check_request(request: Request, model: ModelInfo, *, greedy_only: bool = Fal
         raise native_only("steering")
     if greedy_only and request.sampling.temperature > 0:
         raise InvalidRequestError(
-            "'temperature' above 0 is not available: this server runs vLLM on a CPU with a draft, and this version of "
-            "vLLM samples wrongly there; ask with 'temperature': 0, serve it with --draft none, or use the native "
-            "engine.",
+            "'temperature' above 0 is not available: this server runs vLLM on a CPU with a draft, where this version "
+            "of vLLM samples wrongly unless Paceline is installed there; ask with 'temperature': 0, serve it with "
+            "--draft none, or use the native engine.",
             param="temperature",
+            code="native_engine_only",
+        )
+    if unseeded and request.sampling.temperature > 0 and request.sampling.seed is not None:
+        raise InvalidRequestError(
+            "'seed' is not available above temperature 0: this server runs vLLM with a draft, which draws its tokens "
+            "without the seed; leave it out, serve with --draft none or ngram, or use the native engine.",
+            param="seed",
             code="native_engine_only",
         )
     _check_speculation(request, model)

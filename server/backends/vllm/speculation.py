@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.server.config.schema import AUTO_DRAFT, EXPERT_DRAFT, ModelSpec
+from paceline.server.config.vllm import read_schedule
 from paceline.server.engine.interface import Tokenizer
 from paceline.server.errors import ArtifactError, ConfigError
 from paceline.server.models.bundled import bundled, bundled_draft
@@ -35,33 +36,42 @@ _MOST_HASHED_BYTES = 8 * 2**30
 
 @dataclass(frozen=True)
 class Speculation:
-    """``name`` is what clients may call it, ``config`` vLLM's ``speculative_config``.
+    """How a model speculates.
 
-    ``greedy_only``: sampled requests cannot be served beside it.
+    Attributes:
+        name: what clients may call it.
+        config: vLLM's ``speculative_config``.
+        greedy_only: sampled requests cannot be served beside it.
+        unseeded: it draws its tokens without the request's seed (vLLM's ``compute_probs_and_sample_next_token``), so
+            that a seed would not repeat a sampled text.
     """
 
     name: str
     config: Mapping[str, Any]
     greedy_only: bool = False
+    unseeded: bool = False
 
 
 def find_speculation(
-    spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, device: str
+    spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, greedy_only: bool
 ) -> Speculation | None:
     """How a model is to speculate; None for not at all.
 
     Args:
         target: folder or file of the model.
         tokenizer: of the model.
-        device: what vLLM runs on.
+        greedy_only: whether this vLLM samples wrongly beside a draft (``plugin``).
 
     Raises:
         UserError: a draft that cannot be found, does not fit or has no form that vLLM loads.
     """
-    found = _find(spec, target, tokenizer, greedy_only=device == "cpu")
-    # vLLM 0.32 on CPU expands temperature, top_k and top_p of the rows that it verifies into a copy and reads memory
-    # that nobody wrote: sampled text beside any draft is noise, and top_k ends the engine.
-    return None if found is None else replace(found, greedy_only=device == "cpu")
+    found = _find(spec, target, tokenizer, greedy_only=greedy_only)
+    if found is None:
+        return None
+    wish = spec.speculation
+    ranges = read_schedule(wish.draft_schedule, wish.max_draft_tokens, "models.speculation.draft_schedule")
+    by_batch = {"num_speculative_tokens_per_batch_size": ranges} if ranges else {}
+    return replace(found, greedy_only=greedy_only, config={**found.config, **by_batch})
 
 
 def _find(spec: ModelSpec, target: Path, tokenizer: Tokenizer, *, greedy_only: bool) -> Speculation | None:
@@ -111,7 +121,7 @@ def _draft(path: Path, target: Path, tokenizer: Tokenizer, length: int) -> Specu
         "num_speculative_tokens": length,
         **_LOSSLESS,
     }
-    return Speculation(path.stem if path.suffix == ".gguf" else path.name, config)
+    return Speculation(path.stem if path.suffix == ".gguf" else path.name, config, unseeded=True)
 
 
 def _reads_states(folder: Path) -> bool:

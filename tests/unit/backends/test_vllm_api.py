@@ -82,6 +82,15 @@ def test_sampling_is_refused_where_vllm_would_sample_wrongly() -> None:
     )
 
 
+def test_a_seed_is_refused_where_the_draft_draws_without_it() -> None:
+    seeded = {"prompt": "a", "temperature": 0.5, "seed": 3}
+    refused = ask("/v1/completions", seeded, unseeded=True, **DRAFT)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "seed"
+    assert ask("/v1/completions", seeded | {"temperature": 0}, unseeded=True, **DRAFT).status_code == 200
+    assert ask("/v1/completions", seeded, **DRAFT).status_code == 200  # n-grams
+
+
 def test_metrics_are_merged_and_carry_each_name_once() -> None:
     theirs = CollectorRegistry()
     Counter("vllm:prompt_tokens", "Also ours.", ["engine"], registry=theirs).labels("0").inc(99)

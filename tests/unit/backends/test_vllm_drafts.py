@@ -19,7 +19,7 @@ CHOSEN = list(range(3, 300, 7))
 
 def speculation(target: Path, draft: Path) -> Speculation | None:
     spec = ModelSpec("m", str(target), speculation=SpeculationConfig(draft=str(draft), max_draft_tokens=3))
-    return find_speculation(spec, target, load_tokenizer(target), device="cuda")
+    return find_speculation(spec, target, load_tokenizer(target), greedy_only=False)
 
 
 def test_an_independent_artifact_becomes_a_plain_draft_model_once(
@@ -40,6 +40,7 @@ def test_an_independent_artifact_becomes_a_plain_draft_model_once(
     assert found.config["num_speculative_tokens"] == 3
     assert found.config["rejection_sample_method"] == "standard"
     assert found.config["draft_sample_method"] == "probabilistic"
+    assert found.unseeded
     plain = Path(str(found.config["model"]))
     assert plain.parent == own_cache / "plain"
     assert load_file(plain / "model.safetensors")[HEAD].shape[0] == 300  # all ids

@@ -6,12 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from paceline.server.backends.vllm import speculation
+from paceline.server.backends.vllm import installed, speculation
 from paceline.server.backends.vllm.build import weights_format
-from paceline.server.backends.vllm.installed import installed_vllm
+from paceline.server.backends.vllm.installed import installed_vllm, loads_plugin
+from paceline.server.backends.vllm.plugin import expand
 from paceline.server.backends.vllm.speculation import find_speculation
 from paceline.server.backends.vllm.step_watch import StepWatch, accepted_per_block
 from paceline.server.config.schema import ModelSpec, SpeculationConfig
@@ -45,32 +48,70 @@ def test_without_vllm_one_is_told_how_to_install_it() -> None:
         installed_vllm(version_of())
 
 
+def test_the_plugin_counts_only_where_vllm_will_load_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "entry_points", lambda group: [SimpleNamespace(name="paceline")])
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    assert loads_plugin()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,paceline")
+    assert loads_plugin()
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert not loads_plugin()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr(installed, "entry_points", lambda group: [SimpleNamespace(name="other")])
+    assert not loads_plugin()
+
+
+@pytest.mark.parametrize(
+    ("values", "spread"),
+    [
+        (torch.tensor([0.0, 0.7, 1.5]), torch.tensor([1.0, 1.0, 1.5, 1.5, 1.5])),  # fractions, greedy first
+        (torch.tensor([0, 40, 7], dtype=torch.int32), torch.tensor([1, 1, 7, 7, 7], dtype=torch.int32)),
+    ],
+)
+def test_a_requests_value_is_spread_over_its_rows_in_place(values: Tensor, spread: Tensor) -> None:
+    output = torch.full((5,), -1, dtype=values.dtype)
+    rows_end = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second has no rows
+    expand(output=output, input_val=values, cu_num_tokens=rows_end, replace_from=0, replace_to=1)
+    assert torch.equal(output, spread)
+    expand(output, values, rows_end, 0, 0, MAX_NUM_TOKENS=128)
+    assert output[0] == 0
+
+
 def spec(draft: str | None) -> ModelSpec:
     return ModelSpec("m", "t", speculation=SpeculationConfig(draft=draft, max_draft_tokens=3))
 
 
 def test_ngram_is_vllms_own() -> None:
-    found = find_speculation(spec("ngram"), Path("t"), None, device="cuda")  # type: ignore[arg-type]
+    found = find_speculation(spec("ngram"), Path("t"), None, greedy_only=False)  # type: ignore[arg-type]
     assert found is not None
     assert found.config["method"] == "ngram"
     assert found.config["num_speculative_tokens"] == 3
     assert not found.greedy_only
+    assert not found.unseeded  # n-grams draw nothing
 
 
-def test_on_a_cpu_a_draft_is_for_greedy_requests_and_none_comes_by_itself(
+def test_a_schedule_is_passed_on() -> None:
+    wish = SpeculationConfig(draft="ngram", max_draft_tokens=3, draft_schedule=("8:3", "0"))
+    found = find_speculation(ModelSpec("m", "t", speculation=wish), Path("t"), None, greedy_only=False)  # type: ignore[arg-type]
+    assert found is not None
+    (first, second) = found.config["num_speculative_tokens_per_batch_size"]
+    assert (first, second[0], second[2]) == ((1, 8, 3), 9, 0)
+
+
+def test_where_sampling_is_wrong_a_draft_is_for_greedy_requests_and_none_comes_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = find_speculation(spec("ngram"), Path("t"), None, device="cpu")  # type: ignore[arg-type]
+    found = find_speculation(spec("ngram"), Path("t"), None, greedy_only=True)  # type: ignore[arg-type]
     assert found is not None
     assert found.greedy_only
     monkeypatch.setattr(speculation, "_bundled_for", lambda target: pytest.fail("looked for one"))
-    assert find_speculation(spec("auto"), Path("t"), None, device="cpu") is None  # type: ignore[arg-type]
+    assert find_speculation(spec("auto"), Path("t"), None, greedy_only=True) is None  # type: ignore[arg-type]
 
 
 def test_no_draft_and_the_expert() -> None:
-    assert find_speculation(spec(None), Path("t"), None, device="cuda") is None  # type: ignore[arg-type]
+    assert find_speculation(spec(None), Path("t"), None, greedy_only=False) is None  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="native"):
-        find_speculation(spec("expert"), Path("t"), None, device="cuda")  # type: ignore[arg-type]
+        find_speculation(spec("expert"), Path("t"), None, greedy_only=False)  # type: ignore[arg-type]
 
 
 @given(st.lists(st.integers(0, 5), max_size=8))

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from paceline.server.config import PacelineConfig, load_config, resolve
+from paceline.server.config.vllm import read_schedule
 from paceline.server.errors import ConfigError
 
+SCHEDULE = "[[models]]\ntarget = 't'\n[models.speculation]\ndraft_schedule = [{}]"
 VLLM = "[engine]\nkind = 'vllm'\n"
 
 
@@ -88,11 +90,32 @@ def test_our_keys_become_arguments_only_when_somebody_set_them(tmp_path: Path) -
             "policy: adaptive: only the native",
         ),
         ("[[models]]\ntarget = 't'\n[models.speculation]\nngram = true", "ngram: true: only the native"),
+        (SCHEDULE.format("'4-2', '0'"), 'entries like "16:2".*got "4-2"'),
+        (SCHEDULE.format("'4:2', '8:1'"), 'a last one like "0" for all beyond, got "8:1"'),
+        (SCHEDULE.format("'2', '8:1', '0'"), 'got "2"'),
+        (SCHEDULE.format("'4:2', '4:1', '0'"), '"4:1" does not go beyond'),
+        (SCHEDULE.format("'4:5', '0'"), '"4:5" drafts more than max_draft_tokens = 4'),
+        ("[engine.vllm]\ndata_parallel_size = 2\n" + SCHEDULE.format("'4:2', '0'"), "leave one out"),
     ],
 )
 def test_what_vllm_does_not_take_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, VLLM + text)
+
+
+def test_a_schedule_becomes_ranges_of_batch_sizes(tmp_path: Path) -> None:
+    config = load(tmp_path, VLLM + SCHEDULE.format("'4:3', '16:1', '0'"))
+    lengths = config.models[0].speculation.draft_schedule
+    ranges = read_schedule(lengths, 4, "here")
+    assert [first for first, _, _ in ranges] == [1, 5, 17]
+    assert [last for _, last, _ in ranges[:-1]] == [4, 16]
+    assert [length for _, _, length in ranges] == [3, 1, 0]
+    assert ranges[-1][1] > 100_000
+
+
+def test_the_native_engine_has_no_schedule(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="draft_schedule: for vLLM only"):
+        load(tmp_path, SCHEDULE.format("'4:2', '0'"))
 
 
 def test_the_table_is_not_read_for_another_engine(tmp_path: Path) -> None:

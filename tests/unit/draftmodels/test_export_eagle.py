@@ -18,9 +18,11 @@ from transformers import AutoConfig, LlamaModel
 
 from paceline.draftmodels.export import export_artifact
 from paceline.server.errors import ArtifactError, UnsupportedModelError
-from paceline.server.models.checkpoint import read_json
+from paceline.server.models.checkpoint import open_checkpoint, read_json
 from paceline.server.models.config import parse_model_config
+from paceline.server.models.eagle_start import corrected_fc
 from paceline.server.models.manifest import read_manifest
+from paceline.server.models.native_form import NativeCheckpoint
 
 CHOSEN = list(range(3, 300, 7))
 TOKENS = [5, 80, 299, 0, 41, 17]
@@ -69,7 +71,10 @@ def test_the_exported_draft_gives_the_native_drafts_logits(
     theirs = load_file(target / "model.safetensors")
     head = theirs[EMBEDDING if arch == "qwen2" else HEAD]
     features = torch.randn(len(TOKENS), 64, generator=torch.Generator().manual_seed(1))
-    expected, _ = FeatureOracle(folder, target).rows(TOKENS, features)
+    oracle = FeatureOracle(folder, target)
+    fc = corrected_fc(NativeCheckpoint(folder, open_checkpoint(target)), open_checkpoint(target))
+    oracle.replace_fc(fc.to(BF16).float())
+    expected, _ = oracle.rows(TOKENS, features)
     got = eagle_logits(tmp_path / "out", head, features)
     # The embedding alone is rounded: it is the target's, in fp32.
     torch.testing.assert_close(got if ids is None else got[:, ids], expected, rtol=0.02, atol=0.02)

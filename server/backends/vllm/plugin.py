@@ -1,0 +1,50 @@
+"""Loaded by vLLM in each of its processes (entry point ``vllm.general_plugins``): sampling beside a draft on CPUs.
+
+Without Triton's CPU backend, vLLM 0.32 replaces the Triton kernel that spreads a request's temperature, top_k and top_p
+over its drafted rows by ``cpu_triton_utils._expand_kernel_impl``. That converts them to int64, so that a temperature
+loses its fraction, and writes into a converted copy of the output, which nobody reads: the rows to verify are then
+divided by memory that nobody wrote. ``expand`` takes its place; where Triton runs, nobody calls either.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from paceline.server.backends.vllm.installed import installed_vllm
+
+#: Set by ``build`` and inherited by its vLLM's processes: other users of this environment get vLLM as it is.
+WANTED = "PACELINE_MEND_VLLM"
+
+
+def register() -> None:
+    """What the entry point names; vLLM calls it in each process, before it registers its kernels."""
+    if os.environ.get(WANTED) != "1":
+        return
+    installed_vllm()  # nothing of a version that is not known is replaced
+    from vllm.utils import cpu_triton_utils
+
+    cpu_triton_utils._expand_kernel_impl = expand
+
+
+# The names are those of the kernel that it stands in for, as vLLM passes them on by name.
+def expand(
+    output: Tensor,
+    input_val: Tensor,
+    cu_num_tokens: Tensor,
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int | None = None,  # noqa: N803
+) -> None:
+    """Spread one value per request over its rows, in place.
+
+    Args:
+        output: [rows], filled; of the type of ``input_val``.
+        input_val: [requests].
+        cu_num_tokens: [requests], where each request's rows end.
+        replace_from, replace_to: the value that is replaced, and by what: a greedy request's temperature.
+        MAX_NUM_TOKENS: of the kernel; not needed here.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
+    values = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
+    output.copy_(values.repeat_interleave(counts))
