@@ -19,7 +19,9 @@ class Assumption:
 
 #: gpt-fast's README: Llama-2-7B in bf16, one stream, reads 1397 GB/s of an A100-80GB's 2039, and 70B in int8 1323.
 BANDWIDTH_EFFICIENCY = 0.7
-BANDWIDTH_SOURCE = "published: gpt-fast on A100-80GB reads 65-69% of the data sheet at batch 1"
+BANDWIDTH_SOURCE = (
+    "published: gpt-fast on A100-80GB, batch 1: 65-69% of the data sheet (7B quantized: 42-52%)"
+)
 #: Between the 38-43% that training Llama 3 reached (arXiv:2407.21783) and the 65-75% of large products alone.
 COMPUTE_EFFICIENCY = 0.5
 COMPUTE_SOURCE = "assumed, between 38-43% of training Llama 3 (arXiv:2407.21783) and products alone"
