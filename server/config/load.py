@@ -29,7 +29,6 @@ from paceline.server.config.schema import (
 from paceline.server.config.steering import read_steering
 from paceline.server.config.values import convert, nearest
 from paceline.server.config.vllm import (
-    check_native,
     check_vllm,
     engine_arguments,
     model_arguments,
@@ -94,9 +93,7 @@ def load_config(path: Path | None, env: Mapping[str, str], flags: Mapping[str, o
         check_vllm(replace(engine, vllm=vllm), specs, _given(models[0].layer | for_model, "speculation"))
         vllm = engine_arguments(_given(shared, "engine"), vllm)
         vllm = model_arguments(specs[0], vllm, _spot(path, 0))
-    else:
-        check_native(_given(layer.layer | for_model, "speculation") for layer in models)
-    if vllm and engine.kind != "vllm":
+    elif vllm:
         raise ConfigError(
             f'{path}:engine.vllm: read with engine.kind = "vllm" only; leave one of the two out'
         )

@@ -16,10 +16,15 @@ def resolve(config: PacelineConfig, machine: Machine | None = None) -> PacelineC
     """The same configuration with device, threads and, on CUDA, weights decided for ``machine`` (default: this one).
 
     Raises:
-        ConfigError: CUDA is asked for where there is none.
+        ConfigError: CUDA is asked for where there is none, or something that only vLLM has.
     """
     if config.engine.kind == "vllm":  # which finds out about the machine itself
         return config
+    if any(model.speculation.draft_schedule for model in config.models):
+        raise ConfigError(
+            "models.speculation.draft_schedule: for vLLM only; the native engine measures as it serves (policy = "
+            '"adaptive")'
+        )
     machine = machine or Machine()
     device = _device(config.engine, machine)
     threads = config.engine.threads or machine.usable_cores

@@ -6,7 +6,7 @@ module must work without one.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -183,23 +183,6 @@ def check_vllm(
     for name, other in (("verify", "block"), ("policy", "adaptive"), ("ngram", True)):
         if name in given and given[name][0] == other:
             raise ConfigError(f"{given[name][1]}: {str(other).lower()}: {NATIVE_ONLY}")
-
-
-def check_native(given: Iterable[Mapping[str, tuple[Any, str]]]) -> None:
-    """Refuse what only vLLM does.
-
-    Args:
-        given: per model, keys of [models.speculation] that somebody set.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    for keys in given:
-        if "draft_schedule" in keys:
-            raise ConfigError(
-                f"{keys['draft_schedule'][1]}: for vLLM only; the native engine measures as it serves (policy = "
-                '"adaptive")'
-            )
 
 
 def read_schedule(texts: Sequence[str], longest: int, place: str) -> list[tuple[int, int, int]]:

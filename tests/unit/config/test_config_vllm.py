@@ -114,8 +114,9 @@ def test_a_schedule_becomes_ranges_of_batch_sizes(tmp_path: Path) -> None:
 
 
 def test_the_native_engine_has_no_schedule(tmp_path: Path) -> None:
+    config = load(tmp_path, SCHEDULE.format("'4:2', '0'"))
     with pytest.raises(ConfigError, match="draft_schedule: for vLLM only"):
-        load(tmp_path, SCHEDULE.format("'4:2', '0'"))
+        resolve(config)
 
 
 def test_the_table_is_not_read_for_another_engine(tmp_path: Path) -> None:
