@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import yaml
 from deploy_files import DEPLOY
 
@@ -81,7 +82,11 @@ def check_object(made: Mapping[str, Any]) -> None:
     import kubernetes_validate
 
     for version in KUBERNETES:
-        kubernetes_validate.validate(dict(made), version, strict=True)
+        try:
+            kubernetes_validate.validate(dict(made), version, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            place = ".".join(map(str, error.path))
+            pytest.fail(f"{made['kind']} on Kubernetes {version}: {place}: {error.message}", pytrace=False)
 
 
 def environment(container: Mapping[str, Any], secrets: Mapping[str, str]) -> dict[str, str]:
