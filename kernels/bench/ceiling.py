@@ -6,30 +6,16 @@ JSON line. Exit code 1 with one line on stderr if the kernels are missing.
 """
 
 import json
-import mmap
 import os
 import sys
 import time
 
-import torch
-from torch import Tensor
-
 from paceline.kernels.cpu.library import KernelsMissing, Pool
+from paceline.kernels.cpu.memory import huge_pages
 
 #: Larger than any last-level cache we know of, so that the figure is DRAM's.
 DEFAULT_MIB = 1024
 _MIB = 1 << 20
-_HUGE_PAGE = 2 << 20
-
-
-def huge_pages(size: int) -> Tensor:
-    """uint8 [size], written once, in huge pages where the kernel gives them."""
-    memory = mmap.mmap(-1, size + _HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -buffer.data_ptr() % _HUGE_PAGE
-    return buffer[start : start + size].fill_(1)
 
 
 class Reader:
@@ -42,7 +28,9 @@ class Reader:
 
     def __init__(self, pool: Pool, size: int) -> None:
         self._pool = pool
-        self._buffer = huge_pages(max(size // _MIB, 1) * _MIB)
+        self._buffer = huge_pages(max(size // _MIB, 1) * _MIB).fill_(
+            1
+        )  # written, or all pages were the one of zeros
         self._best_s = float("inf")
 
     def read(self, repeats: int = 1) -> None:

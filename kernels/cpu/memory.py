@@ -39,15 +39,28 @@ def _compact_layer(layer: LayerPlan, buffer: "_Buffer") -> LayerPlan:
     )
 
 
+def huge_pages(size: int) -> Tensor:
+    """uint8 [size] of zeros, at the beginning of a huge page; the tensor keeps the memory alive.
+
+    Private memory: Linux gives shared memory, which is ``mmap``'s default, huge pages only where
+    ``transparent_hugepage/shmem_enabled`` says so, and that is usually ``never``.
+    """
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        memory = mmap.mmap(-1, size + _HUGE_PAGE)
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -buffer.data_ptr() % _HUGE_PAGE
+    return buffer[start : start + size]
+
+
 class _Buffer:
     """Hands out consecutive slices; the tensors keep the mapping alive."""
 
     def __init__(self, size: int) -> None:
-        memory = mmap.mmap(-1, size + _HUGE_PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        self._at = -self._bytes.data_ptr() % _HUGE_PAGE
+        self._bytes = huge_pages(size)
+        self._at = 0
 
     def take(self, linear: PackedLinear) -> PackedLinear:
         size = linear.data.numel()

@@ -1,13 +1,15 @@
 """Packed formats: exact round trips, sizes, gate and up rows, one buffer; and argmax."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from native_kernels import executor, load_plan, pool, require_native
 
 from paceline.kernels import ops
-from paceline.kernels.cpu.memory import compact
+from paceline.kernels.cpu.memory import compact, huge_pages
 from paceline.kernels.formats import FORMATS, interleave_rows, padded
 
 SHAPES = [(1, 1), (16, 64), (17, 65), (33, 130), (100, 257)]
@@ -79,6 +81,23 @@ def test_compacting_keeps_every_value(isa, format, tiny_checkpoint):
         ex = executor(p, pool(isa), torch.float32, num_blocks=1)
         runs.append(ex.forward([5, 6, 7], [(0, 3, 0, [0])], [0, 1, 2]))
     assert torch.equal(*runs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a mapping is")
+def test_weights_lie_in_memory_that_linux_gives_huge_pages():
+    """Advised (hg), and not shared (sh): shared memory gets none unless the machine was set up for it."""
+    buffer = huge_pages(3 << 20)
+    start = buffer.data_ptr()
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= start < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert "rd" in flags
+    assert "hg" in flags
+    assert "sh" not in flags
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 1000])
