@@ -28,12 +28,11 @@ FLAGS = [
     "-Wno-uninitialized",
 ]
 FLAGS += ["-Wno-maybe-uninitialized"]  # gcc 12 warns about its own intrinsics headers
+AVX512 = [*(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "vbmi", "vbmi2")), "-mfma"]
 ISA_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernels_avx512.cpp": [
-        *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "vbmi", "vbmi2")),
-        "-mfma",
-    ],
+    "kernels_avx512.cpp": AVX512,
+    "kernels_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
 }
 
 

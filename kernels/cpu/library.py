@@ -23,8 +23,8 @@ from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_row
 
 _log = logging.getLogger(__name__)
 ABI_VERSION = 7
-Isa = Literal["portable", "avx2", "avx512"]
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
+Isa = Literal["portable", "avx2", "avx512", "amx"]
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
 I32, I64, U64 = ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
 F32, PTR = ctypes.c_float, ctypes.c_void_p

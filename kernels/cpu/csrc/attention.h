@@ -2,7 +2,7 @@
 // tiles of 16 absolute positions in ascending order, so a row's result is the same in any batch and any chunking.
 #pragma once
 #include "kernel_table.h"
-#include "simd.h"
+#include "reduce.h"
 
 namespace PL_ISA_NS {
 
@@ -43,6 +43,16 @@ PL_INLINE float widen(uint16_t x) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// Asks memory for the K and V of a tile of 16 positions: blocks lie anywhere, and the hardware cannot guess where.
+template <typename T>
+PL_INLINE void fetch_tile(const KvLayer &kv, const Queries &in, int tile) {
+    const int position = tile * PL_LANES;
+    const int64_t bytes = (int64_t)kv.head_dim * sizeof(T);  // per position
+    const int64_t at = ((int64_t)in.kv_head * kv.block_tokens + position % kv.block_tokens) * bytes;
+    const uint8_t *block = block_of(kv, in.table, position) + at;
+    for (int64_t i = 0; i < PL_LANES * bytes; i += 64) prefetch(block + kv.k_offset + i), prefetch(block + kv.v_offset + i);
 }
 
 // scores[r][position] for one tile of 16 positions, masked to what row r sees.
@@ -110,7 +120,10 @@ static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
     const int first_tile = lowest / PL_LANES;
     float *scores[R];
     for (int r = 0; r < R; r++) scores[r] = scratch + (int64_t)r * tiles * PL_LANES;
-    for (int t = first_tile; t < tiles; t++) score_tile<T, R>(kv, in, t, scores);
+    for (int t = first_tile; t < tiles; t++) {
+        if (t + 1 < tiles) fetch_tile<T>(kv, in, t + 1);
+        score_tile<T, R>(kv, in, t, scores);
+    }
     for (int r = 0; r < R; r++) {
         F peak = set1(-INFINITY), total = set1(0.0f);
         for (int t = first_tile; t < tiles; t++) peak = max(peak, load(scores[r] + t * PL_LANES));

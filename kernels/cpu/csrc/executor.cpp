@@ -35,7 +35,7 @@ public:
     Forward(const pl_model &m, const pl_batch &b, pl_pool &pool, const KernelTable &k)
         : m_(m), b_(b), pool_(pool), k_(k), w_(workspace), q_width_(m.heads * m.head_dim),
           kv_width_(m.kv_heads * m.head_dim), qkv_width_(q_width_ + 2 * kv_width_),
-          inputs_(w_, b.rows, std::max({m.hidden, m.ffn, q_width_, m.fc.out ? 2 * m.hidden : 0})) {
+          inputs_(w_, b.rows, std::max({m.hidden, m.ffn, q_width_, m.fc.out ? 2 * m.hidden : 0}), pool.threads()) {
         x_ = w_.x.get((int64_t)b.rows * m.hidden);
         joined_ = m.fc.out ? w_.joined.get((int64_t)b.rows * 2 * m.hidden) : nullptr;
         qkv_ = w_.qkv.get((int64_t)b.rows * qkv_width_);
@@ -79,6 +79,13 @@ private:
     }
     const int32_t *table(int row) const { return b_.tables + b_.table_start[sequence_of_[row]]; }
 
+    // What a linear's rows are made of, `stride` apart from `x` on, and the norm before it (NULL: none).
+    struct Rows {
+        const float *x;
+        int64_t stride;
+        const float *norm;
+    };
+
     // A worker and the weights that it is about to read.
     struct Thread {
         Worker &worker;
@@ -86,53 +93,48 @@ private:
     };
 
     void on_thread(Worker &worker) {
-        Thread t{worker, {}};
+        const pl_linear &first = m_.fc.out ? m_.fc : m_.num_layers ? m_.layers[0].qkv : m_.head;
+        Thread t{worker, first_claim(first, worker.thread(), pool_.threads())};
         embed(t);
         for (int i = 0; i < m_.num_layers; i++) layer(t, i);
         head(t);
     }
 
     void embed(Thread &t) {
-        const pl_linear &first = m_.num_layers ? m_.layers[0].qkv : m_.head;
-        look_ahead(t, m_.fc.out ? m_.fc : first);
         each_row(t, b_.rows, [&](int row) {
             set_angles(row);
             if (m_.fc.out) join(row);
             else read_embedding(row, x_ + (int64_t)row * m_.hidden);
         });
-        if (m_.fc.out) linear(t, m_.fc, {Output::kStore, x_, m_.hidden}, b_.rows, first);
+        if (!m_.fc.out) return;
+        const pl_linear &next = m_.num_layers ? m_.layers[0].qkv : m_.head;
+        linear(t, m_.fc, {joined_, 2 * m_.hidden, nullptr}, {Output::kStore, x_, m_.hidden}, b_.rows, next);
     }
 
     void layer(Thread &t, int index) {
         const pl_layer &l = m_.layers[index];
         const KvLayer kv = kv_layer(index);
-        each_row(t, b_.rows, [&](int row) { prepare(x_ + (int64_t)row * m_.hidden, l.attention_norm, l.qkv, row); });
-        linear(t, l.qkv, {Output::kStore, qkv_, qkv_width_}, b_.rows, l.output);
+        linear(t, l.qkv, {x_, m_.hidden, l.attention_norm}, {Output::kStore, qkv_, qkv_width_}, b_.rows, l.output);
         each_row(t, b_.rows, [&](int row) { rotate_and_store(l, kv, row); });
         attend(t, l, kv);
-        each_row(t, b_.rows, [&](int row) { prepare(attended_ + (int64_t)row * q_width_, nullptr, l.output, row); });
-        linear(t, l.output, {Output::kAdd, x_, m_.hidden}, b_.rows, l.gate_up);
-        each_row(t, b_.rows, [&](int row) { prepare(x_ + (int64_t)row * m_.hidden, l.mlp_norm, l.gate_up, row); });
-        linear(t, l.gate_up, {Output::kGated, gated_, gated_stride_}, b_.rows, l.down);
-        each_row(t, b_.rows, [&](int row) { prepare(gated_ + (int64_t)row * gated_stride_, nullptr, l.down, row); });
+        linear(t, l.output, {attended_, q_width_, nullptr}, {Output::kAdd, x_, m_.hidden}, b_.rows, l.gate_up);
+        linear(t, l.gate_up, {x_, m_.hidden, l.mlp_norm}, {Output::kGated, gated_, gated_stride_}, b_.rows, l.down);
         const pl_linear &next = index + 1 < m_.num_layers ? m_.layers[index + 1].qkv : m_.head;
-        linear(t, l.down, {Output::kAdd, x_, m_.hidden}, b_.rows, next);
+        linear(t, l.down, {gated_, gated_stride_, nullptr}, {Output::kAdd, x_, m_.hidden}, b_.rows, next);
     }
 
     void head(Thread &t) {
-        // States need no phase of their own: they are items behind the wanted rows.
-        const int kept = m_.state_offset < 0 ? 0 : b_.rows;
-        each_row(t, b_.wanted + kept, [&](int item) {
-            if (item < b_.wanted) finish(item);
-            else store_state(x_ + (int64_t)(item - b_.wanted) * m_.hidden, m_.kv_format, kept_state(item - b_.wanted));
+        const int wanted = b_.states ? b_.wanted : 0, kept = m_.state_offset < 0 ? 0 : b_.rows;
+        each_row(t, wanted + kept, [&](int item) {
+            const int row = item < wanted ? b_.wanted_rows[item] : item - wanted;
+            const float *x = x_ + (int64_t)row * m_.hidden;
+            if (item < wanted) store_state(x, PL_FP32, b_.states + (int64_t)item * m_.hidden);
+            else store_state(x, m_.kv_format, kept_state(row));
         });
-        linear(t, m_.head, {Output::kStore, b_.logits, m_.head.out}, b_.wanted, m_.head);
-    }
-
-    void finish(int index) {
-        const float *x = x_ + (int64_t)b_.wanted_rows[index] * m_.hidden;
-        prepare(x, m_.final_norm, m_.head, index);
-        if (b_.states) store_state(x, PL_FP32, b_.states + (int64_t)index * m_.hidden);
+        if (b_.wanted == 0) return;
+        linear_of(t, m_.head, {Output::kStore, b_.logits, m_.head.out}, b_.wanted, m_.head, [&](int index) {
+            return x_ + (int64_t)b_.wanted_rows[index] * m_.hidden;
+        }, m_.final_norm);
     }
 
     void store_state(const float *x, int32_t format, void *out) {
@@ -146,24 +148,23 @@ private:
         t.worker.each_item(rows, body, &t.ahead);
     }
 
-    void look_ahead(Thread &t, const pl_linear &next) const {
+    void linear(Thread &t, const pl_linear &l, const Rows &rows, const Output &out, int count, const pl_linear &next) {
+        linear_of(t, l, out, count, next, [&](int row) { return rows.x + row * rows.stride; }, rows.norm);
+    }
+
+    // Rows from anywhere: row(i) says where. While a thread waits for the end, it fetches its first part of `next`.
+    template <typename Row>
+    void linear_of(Thread &t, const pl_linear &l, const Output &out, int count, const pl_linear &next, const Row &row,
+                   const float *norm) {
         t.ahead = first_claim(next, t.worker.thread(), pool_.threads());
-    }
-
-    void prepare(const float *x, const float *weight, const pl_linear &next, int row) {
-        k_.prepare_row(x, weight, m_.eps, next, inputs_.row(next, row));
-    }
-
-    void linear(Thread &t, const pl_linear &l, const Output &out, int rows, const pl_linear &next) {
-        look_ahead(t, next);
-        linear_phase(t.worker, k_, l, inputs_.all(), out, rows, pool_.threads(), &t.ahead);
+        const auto prepare = [&](int i, const InputRow &to) { k_.prepare_row(row(i), norm, m_.eps, l, to); };
+        linear_phase(t.worker, k_, l, inputs_, prepare, out, count, &t.ahead);
     }
 
     void join(int row) {
         float *joined = joined_ + (int64_t)row * 2 * m_.hidden;
         read_embedding(row, joined);
         std::memcpy(joined + m_.hidden, b_.features + (int64_t)row * m_.hidden, m_.hidden * sizeof(float));
-        prepare(joined, nullptr, m_.fc, row);
     }
 
     void read_embedding(int row, float *x) const {

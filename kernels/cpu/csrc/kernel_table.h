@@ -73,4 +73,6 @@ extern const KernelTable kPortableKernels;
 #ifdef PL_HAVE_X86
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+// The AMX table is the AVX-512 one with these linears.
+void amx_linear_tiles(const pl_linear &, const Input &, const Output &, int rows, int begin, int end, int next);
 #endif

@@ -2,40 +2,12 @@
 // int8: exact integer sums per group of 64 inputs, groups ascending), whatever rows and tiles share the call.
 #pragma once
 #include "kernel_table.h"
+#include "outputs.h"
 #include "simd.h"
 #include "sparse_linear.h"
+#include "tiles.h"
 
 namespace PL_ISA_NS {
-
-// What becomes of 16 outputs of one row: stored, added to what is there, or (gate and up tiles) gated.
-PL_INLINE void finish(const pl_linear &l, const Output &out, int tile, int row, F value) {
-    if (l.format == PL_INT8) value = mul(value, load(l.scale + tile * PL_LANES));
-    if (l.bias) value = add(value, load(l.bias + tile * PL_LANES));
-    int column = tile * PL_LANES, width = l.out - column;
-    float *y = out.data + (int64_t)row * out.stride + column;
-    if (width >= PL_LANES) {
-        store(y, out.mode == Output::kAdd ? add(load(y), value) : value);
-        return;
-    }
-    float lanes[PL_LANES];
-    store(lanes, value);
-    for (int i = 0; i < width; i++) y[i] = out.mode == Output::kAdd ? y[i] + lanes[i] : lanes[i];
-}
-
-PL_INLINE F silu(F x) { return div(x, add(set1(1.0f), exp(sub(set1(0.0f), x)))); }
-
-// Tiles come in pairs (gate, up); writes silu(gate) * up, PL_LANES wide.
-PL_INLINE void finish_gated(const pl_linear &l, const Output &out, int tile, int row, F gate, F up) {
-    if (l.format == PL_INT8) {
-        gate = mul(gate, load(l.scale + tile * PL_LANES));
-        up = mul(up, load(l.scale + (tile + 1) * PL_LANES));
-    }
-    if (l.bias) {
-        gate = add(gate, load(l.bias + tile * PL_LANES));
-        up = add(up, load(l.bias + (tile + 1) * PL_LANES));
-    }
-    store(out.data + (int64_t)row * out.stride + tile / 2 * PL_LANES, mul(silu(gate), up));
-}
 
 template <int R, int T>
 PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int next, int row, F (&sum)[R][T]) {
@@ -50,9 +22,10 @@ PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int next,
             I start = set1i(x.corrections[(int64_t)(row + t) * groups + g]);
             for (int r = 0; r < R; r++) dot[r][t] = start;
         }
-        // The R streams go on kPrefetchGroups groups ahead; past their tiles' end, in those from `next`.
-        const int64_t ahead = (int64_t)kPrefetchGroups * PL_GROUP * PL_LANES +
-                              (g + kPrefetchGroups < groups ? 0 : (next - tile - 1) * tile_bytes);
+        // The streams go on kAhead groups ahead, one alone further than several; past their tiles' end, in `next`'s.
+        constexpr int kAhead = R == 1 ? 2 * kPrefetchGroups : kPrefetchGroups;
+        const int64_t ahead = (int64_t)kAhead * PL_GROUP * PL_LANES +
+                              (g + kAhead < groups ? 0 : (next - tile - 1) * tile_bytes);
 #pragma GCC unroll 4
         for (int k = 0; k < PL_GROUP; k += 4) {
             const uint8_t *at = w + ((int64_t)g * PL_GROUP + k) * PL_LANES;
@@ -172,6 +145,10 @@ static void linear_tiles(const pl_linear &l, const Input &x, const Output &out, 
     if (rows <= kFewRows && !l.tile_starts) {  // sparse tiles come one by one
         runs_of_tiles<kFewTiles, kFewRows>(l, x, out, rows, kFewTiles, tile, end, next);
         runs_of_tiles<2, kFewRows>(l, x, out, rows, 2, tile, end, next);
+    }
+    if (l.tile_starts) {  // the memory behind a claim's last tile need not be the next claim's
+        if (end - tile > pair) runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end - pair, end - pair);
+        fetch_start(l, next);
     }
     runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, next);
 }

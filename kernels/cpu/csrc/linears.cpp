@@ -16,16 +16,15 @@ int32_t pl_linears_forward(const pl_linear *linears, int32_t count, const float 
     try {
         int widest = 0;
         for (int i = 0; i < count; i++) widest = std::max(widest, linears[i].in_padded);
-        const Inputs inputs(workspace, rows, widest);
+        const Inputs inputs(workspace, rows, widest, pool->threads());
         pool->run([&](Worker &worker) {
             for (int i = 0; i < count; i++) {
                 const pl_linear &l = linears[i];
-                Lookahead ahead = first_claim(l, worker.thread(), pool->threads());
-                worker.each_item(rows, [&](int row) {
-                    kernels->prepare_row(x + (int64_t)row * width, nullptr, 0.0f, l, inputs.row(l, row));
-                }, &ahead);
-                ahead = first_claim(linears[(i + 1) % count], worker.thread(), pool->threads());
-                linear_phase(worker, *kernels, l, inputs.all(), {Output::kStore, y, l.out}, rows, pool->threads(), &ahead);
+                const auto prepare = [&](int row, const InputRow &to) {
+                    kernels->prepare_row(x + (int64_t)row * width, nullptr, 0.0f, l, to);
+                };
+                Lookahead ahead = first_claim(linears[(i + 1) % count], worker.thread(), pool->threads());
+                linear_phase(worker, *kernels, l, inputs, prepare, {Output::kStore, y, l.out}, rows, &ahead);
             }
         });
     } catch (const std::bad_alloc &) {

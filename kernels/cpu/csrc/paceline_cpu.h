@@ -18,7 +18,7 @@ extern "C" {
 
 enum { PL_FP32 = 0, PL_BF16 = 1, PL_INT8 = 2 };
 enum { PL_GREEDY = 0, PL_SEEDED = 1, PL_SAMPLED = 2 };
-enum { PL_ISA_PORTABLE = 0, PL_ISA_AVX2 = 1, PL_ISA_AVX512 = 2 };
+enum { PL_ISA_PORTABLE = 0, PL_ISA_AVX2 = 1, PL_ISA_AVX512 = 2, PL_ISA_AMX = 3 };
 
 // y = x W^T + bias. `data` holds tiles of PL_LANES output rows, one after another, rows padded with zeros:
 //   fp32 [tile][in][lane]; bf16 [tile][in/2][lane][2]; int8 [tile][in/4][lane][4], weight + 128 as uint8,

@@ -2,6 +2,7 @@
 // A phase is over when its items are done, not when all threads have come by: a thread that lost its core between two
 // claims, or wakes up late, holds nobody up and joins in wherever the others are.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -12,6 +13,14 @@
 struct Lookahead {
     const uint8_t *at = nullptr, *end = nullptr;
 };
+
+// Items [begin, end) of a phase for one thread, and where that thread's next ones will probably begin.
+struct Claim {
+    int begin, end, next;
+};
+
+// Claims shrink as a phase nears its end (guided self-scheduling): few meetings at the counter, a common end.
+static inline int claim_size(int left, int threads) { return std::max(1, left / (2 * threads)); }
 
 struct pl_pool;
 
@@ -25,15 +34,16 @@ public:
     // Whether this thread claims from the end of a phase: two threads so read two unbroken streams.
     bool from_back() const { return thread_ % 2; }
 
-    // One phase: body(begin, end) for chunks of [0, total), each on one thread; returns when all are done. Chunks are
-    // larger than asked for where there are too many. Which thread runs an item never changes a result. Waiting threads fetch `ahead` into their caches.
+    // One phase: body(claim) for claims of whole chunks of [0, total), each on one thread; returns when all are done.
+    // Chunks are larger than asked for where there are too many. Which thread runs an item never changes a result.
+    // Waiting threads fetch `ahead` into their caches.
     template <typename Body>
     void each(int total, int chunk, const Body &body, Lookahead *ahead = nullptr);
 
     // The same, one item at a time: body(item).
     template <typename Body>
     void each_item(int total, const Body &body, Lookahead *ahead = nullptr) {
-        each(total, 1, [&](int begin, int end) { for (int i = begin; i < end; i++) body(i); }, ahead);
+        each(total, 1, [&](const Claim &c) { for (int i = c.begin; i < c.end; i++) body(i); }, ahead);
     }
 
 private:
@@ -61,19 +71,24 @@ private:
     void run_if_open(int thread, uint32_t job);
     void wait_for_end_of(uint32_t phase, Lookahead *ahead);
 
-    // Takes one of the phase's chunks; -1 when none are left, or when the phase is over.
-    int claim(uint32_t phase, int chunks, bool from_back) {
+    // Takes some of the phase's chunks; false when none are left, or when the phase is over.
+    bool claim(uint32_t phase, int chunks, bool from_back, Claim &claimed) {
         uint64_t word = claims_.load(std::memory_order_relaxed);
         for (;;) {
-            const uint32_t front = (word >> 16) & 0xffff, back = word & 0xffff;
-            if ((uint32_t)(word >> 32) != phase || (int)(front + back) >= chunks) return -1;
-            if (claims_.compare_exchange_weak(word, word + (from_back ? 1 : 1 << 16), std::memory_order_relaxed))
-                return from_back ? chunks - 1 - (int)back : (int)front;
+            const int front = (word >> 16) & 0xffff, back = word & 0xffff, left = chunks - front - back;
+            if ((uint32_t)(word >> 32) != phase || left <= 0) return false;
+            const int size = claim_size(left, threads_), rest = left - size;
+            if (!claims_.compare_exchange_weak(word, word + (from_back ? size : size << 16), std::memory_order_relaxed)) continue;
+            const int begin = from_back ? chunks - back - size : front;
+            // From the back, the other thread will have claimed once more before.
+            const int step = from_back ? -claim_size(rest - claim_size(rest, threads_), threads_) : size;
+            claimed = {begin, begin + size, std::clamp(begin + step, 0, chunks - 1)};
+            return true;
         }
     }
 
-    void finish(uint32_t phase, int chunks) {
-        if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
+    void finish(uint32_t phase, int chunks, int size) {
+        if (done_.fetch_add(size, std::memory_order_acq_rel) + size < chunks) return;
         done_.store(0, std::memory_order_relaxed);
         claims_.store((uint64_t)(phase + 1) << 32, std::memory_order_relaxed);
         phase_.store(phase + 1, std::memory_order_release);
@@ -90,8 +105,9 @@ private:
     std::atomic<uint32_t> open_{0};                // number of the job that may be entered; 0: none
     alignas(64) std::atomic<uint32_t> inside_{0};  // workers that may use `job_`
     alignas(64) std::atomic<uint32_t> phase_{0};   // the first that is not over
+    // On one line, as a thread that is done with a claim asks for the next: the line travels once for both.
     alignas(64) std::atomic<uint64_t> claims_{0};  // phase, chunks claimed from the front, and from the back
-    alignas(64) std::atomic<int> done_{0};         // chunks of this phase
+    std::atomic<int> done_{0};                     // chunks of this phase
 };
 
 template <typename Body>
@@ -100,9 +116,10 @@ void Worker::each(int total, int chunk, const Body &body, Lookahead *ahead) {
     // Claims hold 16 bits from either end.
     while (total > chunk * 0xffff) chunk *= 2;
     const int chunks = (total + chunk - 1) / chunk;
-    for (int i; (i = pool_.claim(phase_, chunks, from_back())) >= 0;) {
-        body(i * chunk, i * chunk + chunk < total ? i * chunk + chunk : total);
-        pool_.finish(phase_, chunks);
+    for (Claim c; pool_.claim(phase_, chunks, from_back(), c);) {
+        const int size = c.end - c.begin;
+        body(Claim{c.begin * chunk, std::min(c.end * chunk, total), c.next * chunk});
+        pool_.finish(phase_, chunks, size);
     }
     pool_.wait_for_end_of(phase_, ahead);
     phase_++;

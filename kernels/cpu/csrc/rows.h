@@ -1,7 +1,7 @@
 // What happens to single rows between the linear layers: norm, activation quantization, rotation.
 #pragma once
 #include "kernel_table.h"
-#include "simd.h"
+#include "reduce.h"
 
 namespace PL_ISA_NS {
 
@@ -22,15 +22,30 @@ static void norm(float *x, const float *weight, float eps, int n) {
 }
 
 // 64 values -> int8 with one scale; also -128 times their sum.
-static void quantize_group(const float *x, int8_t *q, float *scale, int32_t *correction) {
+PL_INLINE void quantize_group(const F (&x)[PL_GROUP / 16], int8_t *q, float *scale, int32_t *correction) {
     F peak = set1(0.0f);
-    for (int i = 0; i < PL_GROUP; i += 16) peak = max(peak, abs(load(x + i)));
-    float top = reduce_max(peak), inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    for (int i = 0; i < PL_GROUP; i += 16) store_int8(q + i, round_int(mul(load(x + i), set1(inverse))));
-    int32_t sum = 0;
-    for (int i = 0; i < PL_GROUP; i++) sum += q[i];
+    for (F part : x) peak = max(peak, abs(part));
+    const float top = reduce_max(peak), inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    I sum = set1i(0);
+    for (int i = 0; i < PL_GROUP / 16; i++) {
+        const I rounded = round_int(mul(x[i], set1(inverse)));
+        store_int8(q + 16 * i, rounded);
+        sum = add(sum, rounded);
+    }
     *scale = top / 127.0f;
-    *correction = -128 * sum;
+    *correction = -128 * reduce_add(sum);
+}
+
+// Sixteen of a row's values from `at` on, scaled and weighted (NULL: neither); zeros past its end.
+PL_INLINE F prepared(const float *x, const float *weight, float scale, int at, int n) {
+    float values[16] = {}, weights[16] = {};
+    if (at + 16 > n) {
+        if (at >= n) return set1(0.0f);
+        std::memcpy(values, x + at, (n - at) * sizeof(float));
+        if (weight) std::memcpy(weights, weight + at, (n - at) * sizeof(float));
+        x = values, weight = weight ? weights : nullptr, at = 0;
+    }
+    return weight ? mul(mul(load(x + at), set1(scale)), load(weight + at)) : load(x + at);
 }
 
 static void prepare_row(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &out) {
@@ -42,11 +57,8 @@ static void prepare_row(const float *x, const float *weight, float eps, const pl
         return;
     }
     for (int g = 0; g < padded / PL_GROUP; g++) {
-        float group[PL_GROUP];
-        for (int i = 0; i < PL_GROUP; i++) {
-            int at = g * PL_GROUP + i;
-            group[i] = at >= n ? 0.0f : weight ? x[at] * scale * weight[at] : x[at];
-        }
+        F group[PL_GROUP / 16];
+        for (int i = 0; i < PL_GROUP / 16; i++) group[i] = prepared(x, weight, scale, g * PL_GROUP + 16 * i, n);
         quantize_group(group, out.int8 + g * PL_GROUP, out.scales + g, out.corrections + g);
     }
 }
@@ -70,7 +82,13 @@ static void store_state(const float *x, const float *weight, float eps, int n, i
 // Rotate-half: cos, sin [head_dim / 2].
 static void rotate(float *head, const float *cos, const float *sin, int head_dim) {
     const int half = head_dim / 2;
-    for (int i = 0; i < half; i++) {
+    int i = 0;
+    for (; i + 16 <= half; i += 16) {
+        const F a = load(head + i), b = load(head + half + i), c = load(cos + i), s = load(sin + i);
+        store(head + i, sub(mul(a, c), mul(b, s)));
+        store(head + half + i, add(mul(b, c), mul(a, s)));
+    }
+    for (; i < half; i++) {
         float a = head[i], b = head[half + i];
         head[i] = a * cos[i] - b * sin[i];
         head[half + i] = b * cos[i] + a * sin[i];

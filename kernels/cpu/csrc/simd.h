@@ -51,6 +51,8 @@ PL_INLINE F second_of(W2 w) {
     return {_mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(0xffff0000)))};
 }
 PL_INLINE I set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+PL_INLINE I load(const int32_t *p) { return {_mm512_loadu_si512(p)}; }
+PL_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 PL_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PL_INLINE I round_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 PL_INLINE void store_int8(int8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a.v)); }
@@ -64,6 +66,7 @@ PL_INLINE W4 load_weights(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
 PL_INLINE W4 expand_weights(const uint8_t *p, uint64_t mask) {
     return {_mm512_mask_expand_epi8(_mm512_set1_epi8(-128), mask, _mm512_loadu_si512(p))};
 }
+PL_INLINE void store_weights(uint8_t *p, W4 w) { _mm512_storeu_si512(p, w.v); }
 PL_INLINE X4 load_inputs(const int8_t *p) {
     int32_t x;
     std::memcpy(&x, p, 4);
@@ -154,6 +157,7 @@ PL_INLINE F second_of(W2 w) {
     return {_mm256_castsi256_ps(_mm256_and_si256(w.lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(w.hi, mask))};
 }
 PL_INLINE I set1i(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
+PL_INLINE I add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 PL_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 PL_INLINE I round_int(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 PL_INLINE void store_int8(int8_t *p, I a) {
@@ -250,6 +254,7 @@ PL_INLINE W2 expand_pairs(const uint16_t *p, uint32_t mask) {
 PL_INLINE F first_of(W2 w) { F r; PL_EACH r.v[i] = widen_bf16(w.v[2 * i]); return r; }
 PL_INLINE F second_of(W2 w) { F r; PL_EACH r.v[i] = widen_bf16(w.v[2 * i + 1]); return r; }
 PL_INLINE I set1i(int32_t x) { I r; PL_EACH r.v[i] = x; return r; }
+PL_INLINE I add(I a, I b) { PL_EACH a.v[i] += b.v[i]; return a; }
 PL_INLINE F to_float(I a) { F r; PL_EACH r.v[i] = (float)a.v[i]; return r; }
 PL_INLINE I round_int(F a) { I r; PL_EACH r.v[i] = (int32_t)std::lrintf(a.v[i]); return r; }
 PL_INLINE void store_int8(int8_t *p, I a) { PL_EACH p[i] = (int8_t)a.v[i]; }
@@ -280,22 +285,6 @@ PL_INLINE void prefetch(const void *) {}
 #undef PL_EACH
 
 #endif
-
-// Reductions go through memory in one fixed tree, the same on every ISA.
-PL_INLINE float reduce_add(F a) {
-    float v[16];
-    store(v, a);
-    for (int step = 8; step; step /= 2)
-        for (int i = 0; i < step; i++) v[i] += v[i + step];
-    return v[0];
-}
-PL_INLINE float reduce_max(F a) {
-    float v[16];
-    store(v, a);
-    for (int step = 8; step; step /= 2)
-        for (int i = 0; i < step; i++) v[i] = v[i] > v[i + step] ? v[i] : v[i + step];
-    return v[0];
-}
 
 // e^x by range reduction to |r| <= ln(2)/2 and a degree-6 polynomial; below -87 it is 0 (so masked scores vanish).
 PL_INLINE F exp(F x) {

@@ -4,35 +4,9 @@
 #pragma once
 #include "kernel_table.h"
 #include "simd.h"
+#include "sparse_tile.h"
 
 namespace PL_ISA_NS {
-
-// The stream of one sparse tile, group by group: the masks, then the values of their bits. Mask: one bit per value of a
-// vector of 64 bytes.
-template <typename Value, typename Mask>
-class SparseTile {
-public:
-    PL_MEMBER SparseTile(const pl_linear &l, int tile) : at_((const uint8_t *)l.data + l.tile_starts[tile]) {}
-    PL_MEMBER void begin_group() {
-        masks_ = at_;
-        at_ += PL_VECTORS * sizeof(Mask);
-    }
-    PL_MEMBER Mask mask(int vector) const {
-        Mask bits;
-        std::memcpy(&bits, masks_ + vector * sizeof(Mask), sizeof(Mask));
-        return bits;
-    }
-    // The next values, as many as `bits` has bits; 64 bytes can be read.
-    PL_MEMBER const Value *take(Mask bits) {
-        const Value *values = (const Value *)at_;
-        at_ += __builtin_popcountll(bits) * sizeof(Value);
-        prefetch(at_ + kSparsePrefetchBytes);
-        return values;
-    }
-
-private:
-    const uint8_t *at_, *masks_;
-};
 
 template <int T>
 PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[1][T]) {
@@ -42,9 +16,12 @@ PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row
         I dot[T];
         for (int t = 0; t < T; t++) dot[t] = set1i(x.corrections[(int64_t)(row + t) * groups + g]);
         weights.begin_group();
-#pragma GCC unroll 4
+        // Unrolled whole, so that nothing but the expansion is left per vector: what binds is the one port that moves a
+        // mask (one operation) and expands by it (two).
+#pragma GCC unroll 16
         for (int v = 0; v < PL_VECTORS; v++) {
             const uint64_t mask = weights.mask(v);
+            if (v % 2 == 0) weights.fetch_ahead();
             const W4 vector = expand_weights(weights.take(mask), mask);
             const int8_t *inputs = x.int8 + (int64_t)row * l.in_padded + g * PL_GROUP + 4 * v;
             for (int t = 0; t < T; t++) dot[t] = dot4(dot[t], vector, inputs + (int64_t)t * l.in_padded);
@@ -61,6 +38,7 @@ PL_INLINE void sparse_bf16(const pl_linear &l, const Input &x, int tile, int row
         weights.begin_group();
         for (int v = 0; v < PL_VECTORS; v++) {
             const uint32_t mask = weights.mask(v);
+            weights.fetch_ahead();
             const W2 pairs = expand_pairs(weights.take(mask), mask);
             for (int t = 0; t < T; t++) {
                 const float *in = x.fp32 + (int64_t)(row + t) * l.in_padded + k + 2 * v;
@@ -77,6 +55,7 @@ PL_INLINE void sparse_fp32(const pl_linear &l, const Input &x, int tile, int row
         weights.begin_group();
         for (int v = 0; v < PL_VECTORS; v++) {
             const uint16_t mask = weights.mask(v);
+            weights.fetch_ahead();
             const F vector = expand_fp32(weights.take(mask), mask);
             for (int t = 0; t < T; t++)
                 sum[0][t] = fma(vector, set1(x.fp32[(int64_t)(row + t) * l.in_padded + k + v]), sum[0][t]);
