@@ -29,6 +29,8 @@ CONTEXT_TOKENS = 100
 PREFILL_TOKENS = 1000
 PREFILL_CHUNK = 512
 _BLOCKS_EACH = 64
+#: Runs of a quick case in a row; memory is read one time more, as a warm cache may be what a case finds.
+_PER_TURN = 5
 #: fp32 sums in another order than the reference's, over up to 8,960 inputs.
 _TOLERANCE = 2e-4
 
@@ -126,9 +128,9 @@ def time_cases(model: Executor, reader: Reader, rounds: int) -> dict[str, float]
     for case in CASES:
         run_case(model, case)  # warms caches up and touches the KV blocks
     for _ in range(rounds):
-        reader.read(repeats=3)
+        reader.read(repeats=_PER_TURN + 1)
         for case in CASES:
-            times[case.name] += times_ms(partial(run_case, model, case), 1 if case.prefill else 5)
+            times[case.name] += times_ms(partial(run_case, model, case), 1 if case.prefill else _PER_TURN)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
