@@ -15,7 +15,7 @@ from tiny import Arch
 from torch import Tensor
 
 from paceline.kernels.cpu.executor import Executor
-from paceline.kernels.cpu.library import Isa, Pool, usable_isas
+from paceline.kernels.cpu.library import Isa, Pool, library, usable_isas
 from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.dispatch import native_missing
 from paceline.kernels.formats import Format
@@ -97,3 +97,20 @@ def run_alone(
         part = tokens[start : start + chunk]
         parts.append(ex.forward(part, [(0, len(part), start, table)], range(len(part))))
     return torch.cat(parts)
+
+
+def counted_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets how many models each native forward has from now on."""
+    calls: list[int] = []
+    real = library()
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def pl_forward(self, models: int, batches: int, count: int, handle: int, isa: int) -> Any:
+            calls.append(count)
+            return real.pl_forward(models, batches, count, handle, isa)
+
+    monkeypatch.setattr("paceline.kernels.cpu.executor.library", Library)
+    return calls

@@ -11,6 +11,7 @@ from engines import spec
 from transformers import AutoModelForCausalLM
 
 from paceline.server.config.schema import ModelSpec, SteeringConfig
+from paceline.server.engine.cpu_runner import CpuRunner
 from paceline.server.engine.engine import Engine
 
 #: Each mode as the paper has it, over the logits of base, expert and anti-expert.
@@ -39,13 +40,14 @@ def runners(engine: Engine, name: str = "m") -> list[Any]:
 def watch(runner: Any) -> list[int]:
     """A list that gets the token rows of each of the runner's forwards from now on."""
     rows: list[int] = []
-    real = runner.forward
+    name = "prepare" if isinstance(runner, CpuRunner) else "forward"  # each of its forwards is prepared
+    real = getattr(runner, name)
 
-    def forward(batch: Any) -> Any:
+    def noted(batch: Any) -> Any:
         rows.append(len(batch.tokens))
         return real(batch)
 
-    runner.forward = forward
+    setattr(runner, name, noted)
     return rows
 
 

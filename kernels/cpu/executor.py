@@ -6,6 +6,7 @@ schedulers or checkpoints.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from paceline.kernels.cpu.library import (
 from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.formats import LANES
 
+#: Models in one native call (PL_MOST_TOGETHER).
+MOST_TOGETHER = 8
 KV_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -138,13 +141,23 @@ class Executor:
         Returns:
             fp32 [len(wanted), head outputs].
         """
+        prepared = self.prepare(tokens, spans, wanted, features=features, states=states)
+        forward_together([prepared])
+        return prepared.logits
+
+    def prepare(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[Span],
+        wanted: Sequence[int],
+        *,
+        features: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> "Prepared":
+        """A forward to run later, with others (``forward_together``); arguments as for ``forward``."""
         logits = torch.empty(len(wanted), self._plan.head.out_features)
         batch = self._batch(tokens, spans, wanted, logits, features, states)
-        status = self._library.pl_forward(
-            ctypes.addressof(self._model), batch.address, self._pool.handle, self._pool.isa_code
-        )
-        check(status)
-        return logits
+        return Prepared(logits, ctypes.addressof(self._model), self._pool, batch)
 
     def draft(
         self,
@@ -211,6 +224,41 @@ class Executor:
             assert matrix is None or matrix.shape == (rows, self._plan.hidden)
             assert matrix is None or (matrix.dtype is torch.float32 and matrix.is_contiguous())
         return _BatchArrays(tokens, spans, wanted, logits, features, states)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A forward of one executor that has yet to run.
+
+    Attributes:
+        logits: fp32 [wanted, head outputs], to be filled.
+        model: address of the executor's pl_model.
+        pool: of the executor.
+    """
+
+    logits: Tensor
+    model: int
+    pool: Pool
+    batch: "_BatchArrays"
+
+
+def forward_together(forwards: Sequence[Prepared]) -> None:
+    """Run forwards of models of as many layers and one pool, phase by phase together; fills their ``logits``.
+
+    A phase then has the items of all of them: small models leave the threads less to wait for. Each row has the bits
+    that it has alone. More than ``MOST_TOGETHER`` go in several calls.
+    """
+    for start in range(0, len(forwards), MOST_TOGETHER):
+        part = forwards[start : start + MOST_TOGETHER]
+        pool = part[0].pool
+        assert all(forward.pool is pool for forward in part), "executors of different pools"
+        models = (PTR * len(part))(*(forward.model for forward in part))
+        batches = (PTR * len(part))(*(forward.batch.address for forward in part))
+        check(
+            library().pl_forward(
+                ctypes.addressof(models), ctypes.addressof(batches), len(part), pool.handle, pool.isa_code
+            )
+        )
 
 
 class _BatchArrays:

@@ -22,7 +22,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 7
+ABI_VERSION = 8
 Isa = Literal["portable", "avx2", "avx512", "amx"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL:
     lib.pl_pool_destroy.argtypes = [PTR]
     lib.pl_pack.argtypes = [I32, PTR, I32, I32, PTR, PTR, PTR]
     lib.pl_linears_forward.argtypes = [PTR, I32, PTR, I32, I32, PTR, PTR, I32]
-    lib.pl_forward.argtypes = [PTR, PTR, PTR, I32]
+    lib.pl_forward.argtypes = [PTR, PTR, I32, PTR, I32]
     lib.pl_draft_blocks.argtypes = [PTR, PTR, PTR, PTR, I32]
     lib.pl_read_states.argtypes = [PTR, PTR, PTR]
     lib.pl_read_states.restype = None

@@ -1,12 +1,12 @@
 """The runner over the native CPU executor: a ragged batch is one native call."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from paceline.kernels.cpu.drafting import Drafted, Draw
-from paceline.kernels.cpu.executor import Executor, Span
+from paceline.kernels.cpu.executor import Executor, Prepared, Span, forward_together
 from paceline.kernels.cpu.library import Pool
 from paceline.kernels.cpu.plan import DecoderPlan
 from paceline.kernels.cpu.verification import SampledBlock, verify_sampled
@@ -25,6 +25,9 @@ class CpuRunner:
         pool: the kernels' threads, shared by all members.
         buffer: the KV arena, uint8 [blocks, block_bytes].
         keep_states: in the blocks, for a draft that reads them.
+
+    Attributes:
+        shape: see ``JointRunner``.
     """
 
     def __init__(
@@ -43,16 +46,31 @@ class CpuRunner:
         self.device = torch.device("cpu")
         self._pool = pool
         self._hidden = plan.hidden
+        sizes = (plan.hidden, plan.ffn, plan.heads, plan.kv_heads, plan.head_dim)
+        self.shape: Hashable = (pool, len(plan.layers), *sizes)
         self._executor = Executor(
             plan, pool, buffer, kv_dtype=kv_dtype, block_tokens=layout.block_tokens, keep_states=keep_states
         )
 
     def forward(self, batch: Batch) -> Tensor:
         """See ``Runner.forward``."""
-        logits = self._executor.forward(
+        return self.forward_together([self], [batch])[0]
+
+    @staticmethod
+    def forward_together(runners: Sequence["CpuRunner"], batches: Sequence[Batch]) -> list[Tensor]:
+        """See ``JointRunner.forward_together``."""
+        forwards = [runner.prepare(batch) for runner, batch in zip(runners, batches, strict=True)]
+        forward_together(forwards)
+        return [
+            spread(forward.logits, runner.vocab_ids, runner.vocab_size)
+            for runner, forward in zip(runners, forwards, strict=True)
+        ]
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """A forward that has yet to run."""
+        return self._executor.prepare(
             batch.tokens, _spans(batch.sequences), batch.wanted, features=batch.features
         )
-        return spread(logits, self.vocab_ids, self.vocab_size)
 
     def forward_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """See ``FeatureRunner.forward_states``."""

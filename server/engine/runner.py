@@ -3,8 +3,8 @@
 A runner owns weights and KV views, and nothing about requests.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,21 @@ class Runner(Protocol):
 
     def argmax(self, logits: Tensor) -> list[int]:
         """Index of each row's greatest value, the lowest among equals: fp32 [rows, vocab]."""
+        ...
+
+
+@runtime_checkable
+class JointRunner(Runner, Protocol):
+    """A runner that can go forward with others in one call; small models then wait less for one another.
+
+    ``shape``: those of equal shape can.
+    """
+
+    shape: Hashable
+
+    @staticmethod
+    def forward_together(runners: Sequence[Any], batches: Sequence[Batch]) -> list[Tensor]:
+        """What each runner's ``forward`` would return for its batch."""
         ...
 
 
@@ -153,6 +168,22 @@ class TorchRunner:
     def argmax(self, logits: Tensor) -> list[int]:
         """See ``Runner.argmax``."""
         return logits.argmax(dim=-1).tolist()  # torch promises the first of equal maxima
+
+
+def forward_all(batches: Mapping[Runner, Batch]) -> dict[Runner, Tensor]:
+    """The logits of several runners, each for its batch; those of one shape go together."""
+    groups: dict[Any, list[Runner]] = {}
+    for runner in batches:
+        groups.setdefault(runner.shape if isinstance(runner, JointRunner) else runner, []).append(runner)
+    said: dict[Runner, Tensor] = {}
+    for runners in groups.values():
+        first = runners[0]
+        if isinstance(first, JointRunner) and len(runners) > 1:
+            logits = first.forward_together(runners, [batches[runner] for runner in runners])
+            said.update(zip(runners, logits, strict=True))
+        else:
+            said[first] = first.forward(batches[first])
+    return said
 
 
 def spread(logits: Tensor, vocab_ids: Tensor | None, vocab_size: int) -> Tensor:

@@ -16,7 +16,7 @@ from paceline.server.engine.in_flight import InFlight
 from paceline.server.engine.interface import check_strengths
 from paceline.server.engine.kv_blocks import BlockTable
 from paceline.server.engine.request import Request
-from paceline.server.engine.runner import Runner
+from paceline.server.engine.runner import Runner, forward_all
 from paceline.server.engine.sequence import MemberTrack
 from paceline.server.errors import ContextLengthError, InvalidRequestError
 
@@ -132,7 +132,7 @@ class Steering:
             for index, track in row.item.sequence.tracks.items():
                 own = batches.setdefault(self._members[index].runner, Batch())
                 places[track] = _add(own, track, row)
-        said = {runner: runner.forward(own) for runner, own in batches.items() if own.tokens}
+        said = forward_all({runner: own for runner, own in batches.items() if own.tokens})
         if not wanted:
             return torch.empty(0, self._vocab_size, device=target.device)
         spoken = {

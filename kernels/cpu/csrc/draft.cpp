@@ -54,7 +54,8 @@ int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_d
         batch.logits = logits.data();
         batch.states = reads_states ? states.data() : nullptr;
         for (int32_t step = 0; !active.empty(); step++) {
-            const int32_t status = pl_forward(model, &batch, pool, isa);
+            const pl_batch *now = &batch;
+            const int32_t status = pl_forward(&model, &now, 1, pool, isa);
             if (status) return status;
             take_tokens(active, drawers, logits.data(), *model, *d, step, *pool);
             active.erase(std::remove_if(active.begin(), active.end(),

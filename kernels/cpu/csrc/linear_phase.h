@@ -1,4 +1,4 @@
-// One linear layer as phases of a job: who prepares its input, how its tiles are claimed by the threads, and what each
+// Linear layers as phases of a job: who prepares its input, how its tiles are claimed by the threads, and what each
 // will read first.
 #pragma once
 #include <algorithm>
@@ -13,33 +13,100 @@ static constexpr int kTilesPerChunk = 2;
 // What is fetched ahead must still be there when it is read: a part of the smallest L2.
 static constexpr int64_t kMostAheadBytes = 256 << 10;
 
-// The first claim that a thread will make of a layer, if it is one of the first two threads.
-static inline Lookahead first_claim(const pl_linear &l, int thread, int threads) {
-    const int tiles = num_tiles(l), chunks = (tiles + kTilesPerChunk - 1) / kTilesPerChunk;
-    const int claim = std::min(tiles, claim_size(chunks, threads) * kTilesPerChunk);
-    const auto *data = (const uint8_t *)l.data;
+// What a linear's rows are made of: row i lies `stride` apart from the one before, from `x` on, or at index[i]; and the norm
+// before the linear (NULL: none).
+struct Rows {
+    const float *x;
+    int64_t stride;
+    const float *norm = nullptr;
+    const int32_t *index = nullptr;
+};
+
+// One linear layer over `count` rows of one member; without rows there is nothing to do.
+struct Product {
+    const pl_linear *linear;
+    const Inputs *inputs;
+    Rows rows;
+    float eps;
+    Output out;
+    int count;
+
+    int chunks() const { return count ? (num_tiles(*linear) + kTilesPerChunk - 1) / kTilesPerChunk : 0; }
+
+    // Makes a row ready for the linear: its norm, in the form that the linear reads.
+    void prepare(const KernelTable &k, int thread, int row) const {
+        const float *x = rows.x + (rows.index ? rows.index[row] : row) * rows.stride;
+        k.prepare_row(x, rows.norm, eps, *linear, inputs->row(*linear, thread, row));
+    }
+    void prepare_all(const KernelTable &k, int thread) const {
+        for (int row = 0; row < count; row++) prepare(k, thread, row);
+    }
+};
+
+// The products of a phase, one per member. None reads what another writes.
+struct Products {
+    Product of[PL_MOST_TOGETHER];
+    int count = 0;
+
+    int chunks() const {
+        int all = 0;
+        for (int i = 0; i < count; i++) all += of[i].chunks();
+        return all;
+    }
+    bool any() const {
+        return std::any_of(of, of + count, [](const Product &p) { return p.count > 0; });
+    }
+};
+
+// The first claim that a thread will make, as far as it is of one layer, if it is one of the first two threads.
+static inline Lookahead first_claim(const Products &products, int thread, int threads) {
     if (thread > 1) return {};
-    const int first = thread == 0 ? 0 : tiles - claim;
-    const int64_t begin = tile_start(l, first), end = tile_start(l, first + claim);
-    return {data + begin, data + std::min(end, begin + kMostAheadBytes)};
+    const int claim = claim_size(products.chunks(), threads) * kTilesPerChunk;
+    for (int i = 0; i < products.count; i++) {
+        const Product &p = products.of[thread == 0 ? i : products.count - 1 - i];
+        if (!p.count) continue;
+        const int tiles = num_tiles(*p.linear), own = std::min(tiles, claim), first = thread == 0 ? 0 : tiles - own;
+        const auto *data = (const uint8_t *)p.linear->data;
+        const int64_t begin = tile_start(*p.linear, first), end = tile_start(*p.linear, first + own);
+        return {data + begin, data + std::min(end, begin + kMostAheadBytes)};
+    }
+    return {};
 }
 
-// y = x W^T for `rows` rows, which prepare(row, where) makes ready. Few rows are prepared by every thread for itself, with
-// its first claim: a claim that was granted keeps the phase, and with it what the rows are made from, as it is.
-// `ahead` is fetched while the thread waits.
-template <typename Prepare>
-static inline void linear_phase(Worker &worker, const KernelTable &k, const pl_linear &l, const Inputs &inputs,
-                                const Prepare &prepare, const Output &out, int rows, Lookahead *ahead) {
+// y = x W^T for each product. Few rows are prepared by every thread for itself, with its first claim: a claim that was
+// granted keeps the phase, and with it what the rows are made from, as it is. `ahead` is fetched while the thread waits.
+static inline void linear_phase(Worker &worker, const KernelTable &k, const Products &products, Lookahead *ahead) {
     const int thread = worker.thread();
-    const auto ready = [&](int row) { prepare(row, inputs.row(l, thread, row)); };
-    bool waits = inputs.are_private();
-    if (!waits) worker.each_item(rows, ready);
-    worker.each(num_tiles(l), kTilesPerChunk, [&](const Claim &c) {
-        if (waits) {
-            fetch_start(l, c.begin);
-            for (int row = 0; row < rows; row++) ready(row);
-            waits = false;
+    bool is_ready[PL_MOST_TOGETHER];
+    int shared = 0;  // rows that are prepared once for all threads
+    for (int i = 0; i < products.count; i++) {
+        is_ready[i] = !products.of[i].inputs->are_private();
+        if (is_ready[i]) shared += products.of[i].count;
+    }
+    worker.each_item(shared, [&](int row) {
+        const Product *p = products.of;
+        for (;; p++) {
+            if (p->inputs->are_private()) continue;
+            if (row < p->count) break;
+            row -= p->count;
         }
-        k.linear_tiles(l, inputs.all(thread), out, rows, c.begin, c.end, c.next);
+        p->prepare(k, thread, row);
+    });
+    worker.each(products.chunks(), 1, [&](const Claim &c) {
+        int first = 0;  // the product's first chunk among the phase's
+        for (int i = 0; i < products.count; i++) {
+            const Product &p = products.of[i];
+            const int chunks = p.chunks(), begin = std::max(c.begin - first, 0), end = std::min(c.end - first, chunks);
+            const int next = std::clamp(c.next - first, 0, std::max(chunks - 1, 0));
+            first += chunks;
+            if (begin >= end) continue;
+            if (!is_ready[i]) {
+                fetch_start(*p.linear, begin * kTilesPerChunk);
+                p.prepare_all(k, thread);
+                is_ready[i] = true;
+            }
+            k.linear_tiles(*p.linear, p.inputs->all(thread), p.out, p.count, begin * kTilesPerChunk,
+                           std::min(end * kTilesPerChunk, num_tiles(*p.linear)), next * kTilesPerChunk);
+        }
     }, ahead);
 }

@@ -18,13 +18,12 @@ int32_t pl_linears_forward(const pl_linear *linears, int32_t count, const float 
         for (int i = 0; i < count; i++) widest = std::max(widest, linears[i].in_padded);
         const Inputs inputs(workspace, rows, widest, pool->threads());
         pool->run([&](Worker &worker) {
+            const auto product = [&](const pl_linear &l) {
+                return Products{{{&l, &inputs, {x, width}, 0.0f, {Output::kStore, y, l.out}, rows}}, 1};
+            };
             for (int i = 0; i < count; i++) {
-                const pl_linear &l = linears[i];
-                const auto prepare = [&](int row, const InputRow &to) {
-                    kernels->prepare_row(x + (int64_t)row * width, nullptr, 0.0f, l, to);
-                };
-                Lookahead ahead = first_claim(linears[(i + 1) % count], worker.thread(), pool->threads());
-                linear_phase(worker, *kernels, l, inputs, prepare, {Output::kStore, y, l.out}, rows, &ahead);
+                Lookahead ahead = first_claim(product(linears[(i + 1) % count]), worker.thread(), pool->threads());
+                linear_phase(worker, *kernels, product(linears[i]), &ahead);
             }
         });
     } catch (const std::bad_alloc &) {

@@ -11,9 +11,10 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 7
+#define PL_ABI_VERSION 8
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
+#define PL_MOST_TOGETHER 8  // models in one forward
 #define PL_VECTORS 16  // 64-byte vectors of weights per group of a sparse tile
 
 enum { PL_FP32 = 0, PL_BF16 = 1, PL_INT8 = 2 };
@@ -132,8 +133,11 @@ PL_API int32_t pl_best_isa(void);                      // of this CPU, among tho
 PL_API pl_pool *pl_pool_create(int32_t threads);       // threads - 1 workers; the caller is one more
 PL_API void pl_pool_destroy(pl_pool *pool);
 
-// Runs one batch. Returns 0, or -1 if memory for the activations could not be had, -2 for an ISA that is not here.
-PL_API int32_t pl_forward(const pl_model *model, const pl_batch *batch, pl_pool *pool, int32_t isa);
+// Runs a batch of each of `count` models of as many layers, phase by phase together; each row's bits are those it would
+// have alone. Returns 0, or -1 if memory for the activations could not be had, -2 for an ISA that is not here, -3 for
+// models that cannot go together.
+PL_API int32_t pl_forward(const pl_model *const *models, const pl_batch *const *batches, int32_t count, pl_pool *pool,
+                          int32_t isa);
 
 // Drafts: runs the batch, then one row per drafting sequence and forward until all lengths are reached. K and V
 // of all but each sequence's last draft token are written. A draft with an fc gets the batch's features from the caller;

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from campaign import size
 from engines import Recorder, ids, request, run, submit, tiny_engine, tokens
-from native_kernels import require_native
+from native_kernels import counted_calls, require_native
 from sparse_students import write_tiny_student
 from statistics_helpers import Floats, joint_chi_square, joint_counts
 from steered import pair, runners, steered_spec, watch
@@ -121,3 +121,12 @@ def test_a_step_runs_every_member_once_for_all_sequences(model: Callable[..., An
     while engine.has_work:
         engine.step()
     assert [len(own) for own in rows] == [len(recorder.steps)] * 3
+
+
+def test_members_of_one_shape_go_together(model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expert and anti-expert in one native call; the target, which is deeper, in its own."""
+    recorder = Recorder()
+    engine = tiny_engine(model(), observer=recorder)
+    calls = counted_calls(monkeypatch)
+    run(engine, *(request(PROMPT[: i + 2], max_tokens=8, speculation=NO_DRAFT) for i in range(3)))
+    assert calls == [1, 2] * len(recorder.steps)
