@@ -3,9 +3,9 @@
 Without Triton's CPU backend, vLLM 0.32 replaces the Triton kernel that spreads a request's temperature, top_k and top_p
 over its drafted rows by ``cpu_triton_utils._expand_kernel_impl``. That converts them to int64, so that a temperature
 loses its fraction, and writes into a converted copy of the output, which nobody reads: the rows to verify are then
-divided by memory that nobody wrote. ``expand`` takes its place. And a step in which nobody has a drafted row left (all at
-their last token) ends the engine if a request has top_k, which takes the maximum of nothing. Where Triton runs, nobody
-calls either.
+divided by memory that nobody wrote. ``expand`` takes its place. And a step in which nobody has a drafted row left, all
+being at their last token, ends the engine if a request has top_k, which takes the maximum of nothing. Where Triton
+runs, nobody calls either.
 """
 
 import os
