@@ -32,6 +32,8 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 ANSWER = "The capital of France is Paris."
 #: Acceptance by engine, draft and temperature, for the engine that is measured second.
 RATES: dict[tuple[Engine, str, float], float] = {}
+#: Log-probabilities of a prompt by engine.
+SCORES: dict[Engine, list[float]] = {}
 #: Greedy texts without a draft by engine.
 TEXTS: dict[Engine, list[str]] = {}
 GREEDY = ("Once upon a time", "The three laws of motion are", "def fibonacci(n):\n", "Dear Sir or Madam,")
@@ -182,7 +184,7 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     assert (cut.choices[0].message.content, cut.choices[0].finish_reason) == ("The capital of", "length")
 
 
-def test_logprobs_of_answer_and_prompt(client: openai.OpenAI) -> None:
+def test_logprobs_of_answer_and_prompt(drafted: Served, client: openai.OpenAI) -> None:
     chat = client.chat.completions.create(
         model=MODEL, messages=QUESTION, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2
     )
@@ -194,9 +196,13 @@ def test_logprobs_of_answer_and_prompt(client: openai.OpenAI) -> None:
     scored = client.completions.create(model=MODEL, prompt="The sky is", max_tokens=0, echo=True, logprobs=1)
     assert scored.choices[0].text == "The sky is"
     assert scored.choices[0].logprobs is not None
-    values = scored.choices[0].logprobs.token_logprobs or []
-    # Of the weights in bf16 as torch computes them, up to its rounding.
-    assert values == [None, pytest.approx(-7.15, abs=0.4), pytest.approx(-1.56, abs=0.3)]
+    first, *values = scored.choices[0].logprobs.token_logprobs or []
+    assert first is None
+    SCORES[drafted.engine] = [value for value in values if value is not None]
+    assert len(SCORES[drafted.engine]) == 2
+    assert SCORES[drafted.engine] == pytest.approx(
+        SCORES["native"], abs=0.2
+    )  # bf16 on both, rounded elsewhere
 
 
 def test_errors(client: openai.OpenAI) -> None:
@@ -298,7 +304,7 @@ def test_metrics_carry_each_name_once(drafted: Served, client: openai.OpenAI) ->
     accepted = samples["vllm:spec_decode_num_accepted_tokens_total"]
     assert 0 < accepted < samples["vllm:spec_decode_num_draft_tokens_total"]
     assert ("vllm:cache_config_info" in samples) == (drafted.engine == "vllm")
-    assert "paceline:draft_info" in samples
+    assert "paceline:step_seconds" in names
 
 
 def test_sigterm_under_load_drains(drafted: Served) -> None:

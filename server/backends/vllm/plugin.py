@@ -3,10 +3,13 @@
 Without Triton's CPU backend, vLLM 0.32 replaces the Triton kernel that spreads a request's temperature, top_k and top_p
 over its drafted rows by ``cpu_triton_utils._expand_kernel_impl``. That converts them to int64, so that a temperature
 loses its fraction, and writes into a converted copy of the output, which nobody reads: the rows to verify are then
-divided by memory that nobody wrote. ``expand`` takes its place; where Triton runs, nobody calls either.
+divided by memory that nobody wrote. ``expand`` takes its place. And a step in which nobody has a drafted row left, all
+being at their last token, ends the engine if a request has top_k, which takes the maximum of nothing. Where Triton
+runs, nobody calls either.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,8 +26,15 @@ def register() -> None:
         return
     installed_vllm()  # nothing of a version that is not known is replaced
     from vllm.utils import cpu_triton_utils
+    from vllm.v1.sample.ops import topk_topp_sampler
 
     cpu_triton_utils._expand_kernel_impl = expand
+    topk_topp_sampler.apply_top_k_only = unless_empty(topk_topp_sampler.apply_top_k_only)
+
+
+def unless_empty(top_k: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """``top_k``, a function of logits [rows, vocabulary] and k [rows], that takes no rows, too."""
+    return lambda logits, k: top_k(logits, k) if len(logits) else logits
 
 
 # The names are those of the kernel that it stands in for, as vLLM passes them on by name.

@@ -14,7 +14,7 @@ from torch import Tensor
 from paceline.server.backends.vllm import installed, speculation
 from paceline.server.backends.vllm.build import weights_format
 from paceline.server.backends.vllm.installed import installed_vllm, loads_plugin
-from paceline.server.backends.vllm.plugin import expand
+from paceline.server.backends.vllm.plugin import expand, unless_empty
 from paceline.server.backends.vllm.speculation import find_speculation
 from paceline.server.backends.vllm.step_watch import StepWatch, accepted_per_block
 from paceline.server.config.schema import ModelSpec, SpeculationConfig
@@ -75,6 +75,15 @@ def test_a_requests_value_is_spread_over_its_rows_in_place(values: Tensor, sprea
     assert torch.equal(output, spread)
     expand(output, values, rows_end, 0, 0, MAX_NUM_TOKENS=128)
     assert output[0] == 0
+
+
+def test_top_k_takes_no_rows_too() -> None:
+    def top_k(logits: Tensor, k: Tensor) -> Tensor:
+        return logits - k.max()  # as vLLM begins
+
+    none = torch.empty(0, 5)
+    assert unless_empty(top_k)(none, torch.empty(0, dtype=torch.int32)) is none
+    assert torch.equal(unless_empty(top_k)(torch.ones(2, 5), torch.tensor([1, 0])), torch.zeros(2, 5))
 
 
 def spec(draft: str | None) -> ModelSpec:
