@@ -13,7 +13,7 @@ from typing import Literal
 
 import httpx
 import psutil
-from served_process import ServedProcess
+from served_process import PATIENCE_SECONDS, ServedProcess
 from vllm_process import vllm_serve
 
 Engine = Literal["native", "vllm"]
@@ -90,7 +90,9 @@ def serving(engine: Engine, folder: Path, target: Path, draft: str | None) -> It
         draft: a reference, drafting three tokens at a time.
     """
     native = engine == "native"
-    config = f"""[engine]
+    config = f"""[server]
+drain_seconds = {PATIENCE_SECONDS}
+[engine]
 {_NATIVE if native else _VLLM}
 [[models]]
 name = '{MODEL}'

@@ -27,7 +27,7 @@ def vllm_serve(folder: Path, config: str) -> Iterator[ServedProcess]:
 
     Args:
         folder: empty; for its output and files.
-        config: TOML without ``[server]``.
+        config: TOML.
     """
     scripts = Path(vllm_python()).parent
     (folder / "paceline.toml").write_text(config, encoding="utf-8")
