@@ -28,9 +28,8 @@ class Reader:
 
     def __init__(self, pool: Pool, size: int) -> None:
         self._pool = pool
-        self._buffer = huge_pages(max(size // _MIB, 1) * _MIB).fill_(
-            1
-        )  # written, or all pages were the one of zeros
+        # Written, or all pages would be the one of zeros.
+        self._buffer = huge_pages(max(size // _MIB, 1) * _MIB).fill_(1)
         self._best_s = float("inf")
 
     def read(self, repeats: int = 1) -> None:
