@@ -58,21 +58,21 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else None
 
     def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """[rows, hidden] -> keys and values, each [rows, kv_heads, head_dim]."""
-        k = self._heads(self.k_proj(x))
+        """[rows, hidden] -> keys (fp32) and values, each [rows, kv_heads, head_dim]."""
+        k = self._heads(self.k_proj(x)).float()
         k = k if self.k_norm is None else self.k_norm(k)
         return rotate(k, angles), self._heads(self.v_proj(x))
 
     def forward(self, x: Tensor, angles: Angles, attend: Attention) -> Tensor:
         """[rows, hidden] -> [rows, hidden]."""
-        q = self._heads(self.q_proj(x))
+        # fp32, as autocast may have made it bf16, in which positions of a few thousand do not rotate exactly.
+        q = self._heads(self.q_proj(x)).float()
         q = q if self.q_norm is None else self.q_norm(q)
         y: Tensor = self.o_proj(attend(rotate(q, angles)))
         return y
 
     def _heads(self, x: Tensor) -> Tensor:
-        # fp32, as autocast may have made it bf16, in which positions of a few thousand do not rotate exactly.
-        return x.view(len(x), x.shape[1] // self._head_dim, self._head_dim).float()
+        return x.view(len(x), x.shape[1] // self._head_dim, self._head_dim)
 
 
 class MLP(nn.Module):
@@ -92,7 +92,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals; ``input_norm`` False leaves the first norm out."""
+    """Attention and MLP with residuals; ``input_norm`` False leaves the first norm out.
+
+    Attention reads ``normed`` rows, which the caller makes once for ``keys_values`` and ``forward``.
+    """
 
     def __init__(self, config: ModelConfig, *, input_norm: bool = True) -> None:
         super().__init__()
@@ -101,15 +104,25 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = MLP(config)
 
-    def keys_values(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """What later rows see of these rows."""
-        return self.self_attn.keys_values(self.input_layernorm(x), angles)
+    def normed(self, x: Tensor) -> Tensor:
+        """What attention reads of rows [rows, hidden], in the type that matrices multiply."""
+        return _narrow(self.input_layernorm(x))
 
-    def forward(self, x: Tensor, angles: Angles, attend: Attention) -> Tensor:
-        """[rows, hidden] -> [rows, hidden]."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, attend)
-        y: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    def keys_values(self, normed: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
+        """What later rows see of these rows."""
+        return self.self_attn.keys_values(normed, angles)
+
+    def forward(self, x: Tensor, normed: Tensor, angles: Angles, attend: Attention) -> Tensor:
+        """Rows [rows, hidden], and what ``normed`` makes of them, -> [rows, hidden]."""
+        x = x + self.self_attn(normed, angles, attend)
+        y: Tensor = x + self.mlp(_narrow(self.post_attention_layernorm(x)))
         return y
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """In autocast's type, if it is on: else every matrix that reads ``x`` would cast it again."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Positions:

@@ -95,13 +95,15 @@ class Draft(nn.Module, ABC):
         for index, layer in enumerate(self.model.layers):
             assert isinstance(layer, Block)
             memory = _Memory()
-            memory.add(*layer.keys_values(x, angles), layout.place)
+            normed = layer.normed(x)
+            memory.add(*layer.keys_values(normed, angles), layout.place)
             memories.append(memory)
             last, window = index == len(self.model.layers) - 1, self.config.sliding_windows[index]
             mask = layout.mask(1, answers=last, window=window)
             if last:
-                x, angles = x[layout.answers], of_rows(angles, layout.answers)
-            x = layer(x, angles, memory.attend(layout.answer_place if last else layout.place, mask))
+                x, normed = x[layout.answers], normed[layout.answers]
+                angles = of_rows(angles, layout.answers)
+            x = layer(x, normed, angles, memory.attend(layout.answer_place if last else layout.place, mask))
         return x, memories
 
 
@@ -182,7 +184,8 @@ class FeatureDraft(Draft):
         x = self._combine(embedded[rows], before)
         for index, (layer, memory) in enumerate(zip(self.model.layers, memories, strict=True)):
             assert isinstance(layer, Block)
-            memory.add(*layer.keys_values(x, angles), layout.answer_place.only(chosen))
+            normed = layer.normed(x)
+            memory.add(*layer.keys_values(normed, angles), layout.answer_place.only(chosen))
             mask = layout.mask(step, answers=True, window=self.config.sliding_windows[index])
-            x = layer(x, angles, memory.attend(place, mask))
+            x = layer(x, normed, angles, memory.attend(place, mask))
         return x

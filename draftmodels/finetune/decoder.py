@@ -80,8 +80,9 @@ class Decoder(nn.Module):
 
 
 def _through(layer: Block, x: Tensor, angles: Angles, place: Padded, blocks: Sequence[QueryBlock]) -> Tensor:
-    keys, values = layer.keys_values(x, angles)
-    y: Tensor = layer(x, angles, CausalAttend(place, keys, values, blocks))
+    normed = layer.normed(x)
+    keys, values = layer.keys_values(normed, angles)
+    y: Tensor = layer(x, normed, angles, CausalAttend(place, keys, values, blocks))
     return y
 
 

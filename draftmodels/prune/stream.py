@@ -93,9 +93,10 @@ class Stream:
     def _run(self, block: Block, layer: int, index: int) -> Tensor:
         layout, x = self._layout(self._batches[index]), self.states[index]
         angles = self._positions.angles(layout.positions)
-        keys, values = (layout.place.spread(part) for part in block.keys_values(x, angles))
+        normed = block.normed(x)
+        keys, values = (layout.place.spread(part) for part in block.keys_values(normed, angles))
         mask = layout.mask(1, answers=False, window=self._windows[layer])
-        output: Tensor = block(x, angles, Attend(layout.place, (keys,), (values,), mask))
+        output: Tensor = block(x, normed, angles, Attend(layout.place, (keys,), (values,), mask))
         return output
 
 
