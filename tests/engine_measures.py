@@ -11,10 +11,19 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import openai
-from engine_servers import MODEL, Served
+from engine_servers import MODEL, Engine, Served, client_of
 from served_process import PATIENCE_SECONDS
 
 PROMPTS = Path(__file__).parents[1] / "draftmodels" / "evaluate" / "prompts.jsonl"
+#: What a request says to be served without a draft; to vLLM nothing, there it must come alone (``SCHEDULE``).
+UNDRAFTED: dict[Engine, dict[str, Any]] = {"native": {"speculation": {"enabled": False}}, "vllm": {}}
+# Near ties would fall otherwise in another batch, as vLLM's rows depend on their company: these have none.
+_GREEDY = (
+    "The alphabet is: A, B, C,",
+    "The three laws of motion are",
+    "def fibonacci(n):\n",
+    "Dear Sir or Madam,",
+)
 #: It goes on in a few likely ways, so that their shares say something with some hundred answers.
 _PROMPT = "The capital of France is"
 #: Texts that both samples together hold less often share a column.
@@ -41,13 +50,42 @@ def acceptance(served: Served, temperature: float, least: int) -> tuple[int, int
     return drafted, accepted
 
 
-def beginnings(client: openai.OpenAI, requests: int, **sampling: Any) -> Counter[str]:
-    """The first four tokens of 64 answers per request; with a draft three of them come from verified blocks."""
+def draft_tokens(answer: openai.types.Completion) -> int:
+    """How many an answer took; one that could have none says nothing."""
+    figures = (answer.model_extra or {}).get("metrics", {}).get("speculative_decoding", {})
+    return cast(int, figures.get("num_draft_tokens", 0))
+
+
+def greedy_texts(served: Served, together: int, **extra: Any) -> tuple[list[str], int]:
+    """Greedy answers, so many at a time, and how many draft tokens they took."""
+    with client_of(served) as client, ThreadPoolExecutor(together) as pool:
+
+        def ask(prompt: str) -> tuple[str, int]:
+            answer = client.completions.create(
+                model=MODEL, prompt=prompt, temperature=0, max_tokens=48, extra_body=extra
+            )
+            return answer.choices[0].text, draft_tokens(answer)
+
+        answers = list(pool.map(ask, _GREEDY))
+    return [text for text, _ in answers], sum(drafted for _, drafted in answers)
+
+
+def beginnings(
+    client: openai.OpenAI, requests: int, choices: int, temperature: float, **extra: Any
+) -> tuple[Counter[str], int]:
+    """The first four tokens of so many answers per request, and how many draft tokens they took.
+
+    With a draft three of the four come from verified blocks.
+    """
     drawn: Counter[str] = Counter()
+    drafted = 0
     for _ in range(requests):
-        answer = client.completions.create(model=MODEL, prompt=_PROMPT, n=64, max_tokens=4, **sampling)
+        answer = client.completions.create(
+            model=MODEL, prompt=_PROMPT, n=choices, max_tokens=4, temperature=temperature, extra_body=extra
+        )
         drawn.update(choice.text for choice in answer.choices)
-    return drawn
+        drafted += draft_tokens(answer)
+    return drawn, drafted
 
 
 def contingency(*samples: Counter[str]) -> npt.NDArray[np.int64]:

@@ -5,13 +5,14 @@ bug that a file sets off.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import httpx
+import openai
 import psutil
 from served_process import PATIENCE_SECONDS, ServedProcess
 from vllm_process import vllm_serve
@@ -23,11 +24,14 @@ _NATIVE = "kv_cache_gib = 0.5\nmax_running = 16\n"
 _NATIVE_DRAFT = "policy = 'fixed'\nverify = 'token'\nngram = false\n"
 _VLLM = """kind = 'vllm'
 kv_cache_gib = 0.3
-max_running = 16
+max_running = 64
 [engine.vllm]
 max_model_len = 1024
 enforce_eager = true
 """
+#: vLLM drafts nothing for one sequence alone and for more than 16, so that one start shows text with and without a
+#: draft. The native engine is told by each request.
+SCHEDULE = ("1:0", "16:3", "0")
 #: ``paceline serve`` with a bug: the engine's next step fails once the file exists.
 _MAIN = """
 import sys
@@ -72,6 +76,10 @@ class Served:
         core.kill()
 
 
+def client_of(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=served.url + "/v1", api_key="x", max_retries=0, timeout=PATIENCE_SECONDS)
+
+
 def ready(engine: Engine, process: ServedProcess, draft: str | None) -> Served:
     """A server that has just been started, once it is ready."""
     body = {"model": MODEL, "prompt": "a", "max_tokens": 1}
@@ -82,12 +90,15 @@ def ready(engine: Engine, process: ServedProcess, draft: str | None) -> Served:
 
 
 @contextmanager
-def serving(engine: Engine, folder: Path, target: Path, draft: str | None) -> Iterator[Served]:
+def serving(
+    engine: Engine, folder: Path, target: Path, draft: str | None, *, schedule: Sequence[str] = ()
+) -> Iterator[Served]:
     """Serve ``target`` until the end of the block; skips the test where there is no vLLM.
 
     Args:
         folder: empty; for output and files.
         draft: a reference, drafting three tokens at a time.
+        schedule: vLLM's draft length by batch size, ``models.speculation.draft_schedule``.
     """
     native = engine == "native"
     config = f"""[server]
@@ -101,7 +112,7 @@ weights = 'bf16'
 [models.speculation]
 draft = {draft or "none"!r}
 max_draft_tokens = 3
-{_NATIVE_DRAFT if native else ""}
+{_NATIVE_DRAFT if native else f"draft_schedule = {list(schedule)!r}"}
 """
     if not native:
         with vllm_serve(folder, config) as process:
