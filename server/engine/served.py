@@ -114,7 +114,9 @@ class ServedModel:
 
     def plan_drafts(self, sequences: SequenceOf[Sequence]) -> list[Decision]:
         """See ``scheduler.DraftPlanner``."""
-        decisions = self.policy.decide([self._candidate(s) for s in sequences])
+        decisions = self.policy.resting([s.draft_history for s in sequences])
+        if decisions is None:
+            decisions = self.policy.decide([self._candidate(s) for s in sequences])
         off = Decision(reason="request" if self.info.default_draft is not None else None)
         return [d if s.sources else off for d, s in zip(decisions, sequences, strict=True)]
 

@@ -2,8 +2,9 @@
 
 ``choices`` holds what goes in and out and the fixed policy; ``adaptive`` weighs expected tokens against predicted
 time, from the estimates of ``acceptance`` and ``costs``; ``probes`` looks now and then whether a choice of 0 still
-holds. A decision may depend on the prefix and on past statistics, never on the token drawn at the position in
-question: then the output keeps its distribution, and seeded requests their text.
+holds, and ``rest`` spares a crowd in which nobody drafts the asking. A decision may depend on the prefix and on past
+statistics, never on the token drawn at the position in question: then the output keeps its distribution, and seeded
+requests their text.
 """
 
 from paceline.server.decoding.policy.adaptive import AdaptivePolicy
@@ -15,10 +16,9 @@ from paceline.server.decoding.policy.choices import (
     FixedPolicy,
     Option,
     Policy,
-    Reason,
     StepWork,
 )
-from paceline.server.decoding.policy.history import History
+from paceline.server.decoding.policy.history import History, Reason
 
 __all__ = [
     "CATCH_UP_TOKENS",

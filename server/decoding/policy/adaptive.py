@@ -9,13 +9,13 @@ from paceline.server.decoding.policy.choices import (
     Candidate,
     Decision,
     Option,
-    Reason,
     StepWork,
 )
 from paceline.server.decoding.policy.costs import StepCosts, mean_context
-from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
+from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History, Reason
 from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, BestAlone, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
+from paceline.server.decoding.policy.rest import Rest
 
 #: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500. The first blocks
 #: of all count in both, so that a weak model-wide prior would let four unlucky ones end drafting.
@@ -44,12 +44,20 @@ class AdaptivePolicy:
         self._costs = StepCosts()
         self._acceptances: dict[tuple[str, int], Acceptance] = {}
         self._probes = ProbeBudget()
+        self._rest = Rest()
+
+    def resting(self, histories: Sequence[History]) -> list[Decision] | None:
+        """See ``Policy.resting``."""
+        if not self._rest.take(len(histories)):
+            return None
+        for history in histories:
+            history.begin_step()
+        return [Decision(reason=history.reason) for history in histories]
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """See ``Policy.decide``."""
         for candidate in candidates:
-            candidate.history.probing = False
-            candidate.history.idle_steps += 1
+            candidate.history.begin_step()
         if not any(c.options and c.limit for c in candidates):
             return [Decision(reason="no_match" if c.limit else None) for c in candidates]
         batch = BatchCosts(self._costs, [c.context for c in candidates])
@@ -62,6 +70,9 @@ class AdaptivePolicy:
             Decision(n, one.pick.option) if n else Decision(reason=one.reason or _why_not(one.pick, alone))
             for n, one in zip(lengths, considered, strict=True)
         ]
+        for candidate, decision in zip(candidates, decisions, strict=True):
+            candidate.history.reason = decision.reason
+        self._rest.settle(decisions)
         self._probe(decisions, candidates, considered, batch)
         return decisions
 
@@ -73,6 +84,8 @@ class AdaptivePolicy:
         own.add(drafted, accepted, age=_IDLE_KEEP ** max(0, history.idle_steps - 1))
         if history.probing:
             self._probes.settle(history, accepted)
+            if accepted:
+                self._rest.end()
         else:
             history.probe_after = FIRST_PROBE_STEPS
         history.idle_steps = 0

@@ -2,21 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from paceline.server.decoding.policy.history import History
+from paceline.server.decoding.policy.history import History, Reason
 
 #: Longest draft block a request may ask for: beyond it verification costs more than one forward saves.
 MAX_DRAFT_TOKENS = 32
 
 #: With more known tokens than this to compute first, a draft model has to catch up; with fewer, it just goes on.
 CATCH_UP_TOKENS = 8
-
-#: Why a sequence that could have speculated did not, in one step (``paceline:spec_disabled_total``). "request": its
-#: request switched it off; "no_match": the text ends like nothing before; "low_acceptance": too few tokens would be
-#: accepted, even alone in the batch; "batch_cost": alone it would pay, not beside so many others; "catch_up": what the
-#: draft has not computed yet costs more than it can still save; "no_room": no KV blocks are free.
-Reason = Literal["request", "no_match", "low_acceptance", "batch_cost", "catch_up", "no_room"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +97,13 @@ class Policy(Protocol):
 
     chooses_source: bool
 
+    def resting(self, histories: Sequence[History]) -> list[Decision] | None:
+        """One decision per sequence of the step about to run, where that takes no look at what could draft.
+
+        None: ``decide`` is to be asked.
+        """
+        ...
+
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """One decision per sequence of the step about to run."""
         ...
@@ -120,6 +121,10 @@ class FixedPolicy:
     """As many tokens as the request or the model's configuration says, in every step."""
 
     chooses_source = False
+
+    def resting(self, histories: Sequence[History]) -> list[Decision] | None:
+        """See ``Policy.resting``; never."""
+        return None
 
     def decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """See ``Policy.decide``."""

@@ -6,8 +6,7 @@ small share of its time.
 
 from collections.abc import Sequence
 
-from paceline.server.decoding.policy.choices import Reason
-from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History
+from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History, Reason
 from paceline.server.decoding.policy.lengths import INSTANT_SECONDS
 
 #: Share of the engine's time that probes may lose.

@@ -10,6 +10,7 @@ import pytest
 from paceline.server.decoding.policy import AdaptivePolicy, Candidate, Decision, History, Option, StepWork
 from paceline.server.decoding.policy.costs import StepCosts
 from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, Pick, best_lengths
+from paceline.server.decoding.policy.rest import Rest
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Simulation:
         alpha: chance per draft token of each source.
         draft_cost: one forward of the draft model. ``row_cost``: one more row of the target.
         missing: tokens the draft lacks; kept here as the engine does.
+        asked: steps that the policy did not rest.
     """
 
     policy: AdaptivePolicy
@@ -37,17 +39,22 @@ class Simulation:
     def __post_init__(self) -> None:
         self.histories = [History() for _ in range(self.batch)]
         self.missing = [self.context] * self.batch
-        self.generated = 0
+        self.generated = self.asked = 0
 
     def options(self, index: int) -> list[Option]:
         model = {"draft": Option("draft", by_model=True, missing=self.missing[index])}
         return [model.get(name, Option(name, strength=3)) for name in self.alpha]
 
     def step(self) -> list[Decision]:
-        candidates = [
-            Candidate(h, self.options(i), self.limit, self.context, 256) for i, h in enumerate(self.histories)
-        ]
-        decisions = self.policy.decide(candidates)
+        decisions = self.policy.resting(self.histories)
+        if decisions is None:
+            self.asked += 1
+            decisions = self.policy.decide(
+                [
+                    Candidate(h, self.options(i), self.limit, self.context, 256)
+                    for i, h in enumerate(self.histories)
+                ]
+            )
         accepted = [self._accepted(d) for d in decisions]
         work = self._work(decisions)
         for i, (decision, count) in enumerate(zip(decisions, accepted, strict=True)):
@@ -216,7 +223,7 @@ def test_batch_cost_is_told_from_low_acceptance() -> None:
         simulation = Simulation(policy, {"ngram": alpha}, batch=4)
         simulation.run(60)
         policy._costs = _Crowded()
-        return simulation.step()[-1].reason
+        return simulation.run(20)[-1][-1].reason  # the last of them may be a rest after an earlier one
 
     assert reason(0.5) == "batch_cost"
     assert reason(0.03) == "low_acceptance"
@@ -252,3 +259,43 @@ def test_without_options_or_room_nothing_is_wanted() -> None:
     nothing, last = Candidate(History(), [], 4, 10, 50), Candidate(History(), [Option("ngram")], 0, 10, 1)
     assert policy.decide([nothing]) == [Decision(reason="no_match")]
     assert policy.decide([nothing, last, last])[1:] == [Decision(), Decision()]
+
+
+def test_a_crowd_in_which_nobody_drafts_is_asked_every_ninth_step_or_so() -> None:
+    simulation = Simulation(AdaptivePolicy(), {"draft": 0.5}, row_cost=0.5, batch=16)
+    simulation.run(200)
+    asked = simulation.asked
+    decisions = simulation.run(400)
+    assert 40 <= simulation.asked - asked <= 130
+    reasons = [decision.reason for step in decisions for decision in step if not decision.length]
+    assert set(reasons) <= {"batch_cost", "low_acceptance", "catch_up"}
+
+
+def test_few_sequences_are_asked_in_every_step() -> None:
+    simulation = Simulation(AdaptivePolicy(), {"draft": 0.0}, batch=3)
+    simulation.run(100)
+    assert simulation.asked == 100
+
+
+def test_a_crowd_is_asked_at_once_when_it_shrinks_drafts_or_lacks_a_match() -> None:
+    none = [Decision(reason="batch_cost")] * 16
+    rest = Rest()
+    for _ in range(5):
+        rest.settle(none)
+    assert [rest.take(16), rest.take(17), rest.take(15), rest.take(16)] == [True, True, False, False]
+    for unrest in (Decision(1, Option("draft")), Decision(reason="no_match"), Decision(reason="no_room")):
+        rest.settle(none)
+        rest.settle([*none[1:], unrest])
+        assert not rest.take(16)
+
+
+def test_a_rest_grows_and_begins_anew() -> None:
+    none, rest = [Decision(reason="low_acceptance")] * 8, Rest()
+
+    def length() -> int:
+        rest.settle(none)
+        return list(iter(lambda: rest.take(8), False)).count(True)
+
+    assert [length() for _ in range(5)] == [1, 2, 4, 8, 8]
+    rest.settle([*none[1:], Decision(2, Option("draft"))])
+    assert length() == 1

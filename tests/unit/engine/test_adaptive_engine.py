@@ -30,6 +30,9 @@ class Erratic:
         self._rng = random.Random(seed)
         self.sources: set[str] = set()
 
+    def resting(self, histories: Any) -> list[Decision] | None:
+        return [Decision(reason="batch_cost") for _ in histories] if self._rng.random() < 0.2 else None
+
     def decide(self, candidates: Any) -> list[Decision]:
         return [self._decide(c) for c in candidates]
 
