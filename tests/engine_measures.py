@@ -17,12 +17,13 @@ from served_process import PATIENCE_SECONDS
 PROMPTS = Path(__file__).parents[1] / "draftmodels" / "evaluate" / "prompts.jsonl"
 #: What a request says to be served without a draft; to vLLM nothing, there it must come alone (``SCHEDULE``).
 UNDRAFTED: dict[Engine, dict[str, Any]] = {"native": {"speculation": {"enabled": False}}, "vllm": {}}
-# Near ties would fall otherwise in another batch, as vLLM's rows depend on their company: these have none.
+# Greedy tokens are the likeliest by 0.3 nats and more here: near ties fall as the rows of a batch happen to be rounded,
+# which in vLLM depends on their company.
 _GREEDY = (
-    "The alphabet is: A, B, C,",
-    "The three laws of motion are",
-    "def fibonacci(n):\n",
-    "Dear Sir or Madam,",
+    "1, 2, 3, 4, 5, 6,",
+    "2, 4, 6, 8, 10, 12,",
+    "100, 99, 98, 97, 96,",
+    "<ul>\n<li>One</li>\n<li>Two</li>\n",
 )
 #: It goes on in a few likely ways, so that their shares say something with some hundred answers.
 _PROMPT = "The capital of France is"
