@@ -1,4 +1,5 @@
-"""Loaded by vLLM in each of its processes (entry point ``vllm.general_plugins``): sampling beside a draft on CPUs.
+"""Loaded by vLLM in each of its processes (entry point ``vllm.general_plugins``): sampling beside a draft on CPUs, and
+an end to what vLLM would leave running.
 
 Without Triton's CPU backend, vLLM 0.32 replaces the Triton kernel that spreads a request's temperature, top_k and top_p
 over its drafted rows by ``cpu_triton_utils._expand_kernel_impl``. That converts them to int64, so that a temperature
@@ -6,10 +7,16 @@ loses its fraction, and writes into a converted copy of the output, which nobody
 divided by memory that nobody wrote. ``expand`` takes its place. And a step in which nobody has a drafted row left, all
 being at their last token, ends the engine if a request has top_k, which takes the maximum of nothing. Where Triton
 runs, nobody calls either.
+
+Killed outright, a server cannot end vLLM's processes, which then poll for work for ever; each watches its parent.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable
+from multiprocessing.connection import wait
 
 import torch
 from torch import Tensor
@@ -24,12 +31,26 @@ def register() -> None:
     """What the entry point names; vLLM calls it in each process, before it registers its kernels."""
     if os.environ.get(WANTED) != "1":
         return
+    end_with_parent()
     installed_vllm()  # nothing of a version that is not known is replaced
     from vllm.utils import cpu_triton_utils
     from vllm.v1.sample.ops import topk_topp_sampler
 
     cpu_triton_utils._expand_kernel_impl = expand
     topk_topp_sampler.apply_top_k_only = unless_empty(topk_topp_sampler.apply_top_k_only)
+
+
+def end_with_parent() -> None:
+    """Kill this process once the one that started it is gone; nothing in a process of its own."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 def unless_empty(top_k: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:

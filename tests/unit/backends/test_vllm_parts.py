@@ -6,15 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from paceline.server.backends.vllm import installed, speculation
 from paceline.server.backends.vllm.build import weights_format
 from paceline.server.backends.vllm.installed import installed_vllm, loads_plugin
-from paceline.server.backends.vllm.plugin import expand, unless_empty
 from paceline.server.backends.vllm.speculation import find_speculation
 from paceline.server.backends.vllm.step_watch import StepWatch, accepted_per_block
 from paceline.server.config.schema import ModelSpec, SpeculationConfig
@@ -59,31 +56,6 @@ def test_the_plugin_counts_only_where_vllm_will_load_it(monkeypatch: pytest.Monk
     monkeypatch.delenv("VLLM_PLUGINS")
     monkeypatch.setattr(installed, "entry_points", lambda group: [SimpleNamespace(name="other")])
     assert not loads_plugin()
-
-
-@pytest.mark.parametrize(
-    ("values", "spread"),
-    [
-        (torch.tensor([0.0, 0.7, 1.5]), torch.tensor([1.0, 1.0, 1.5, 1.5, 1.5])),  # fractions, greedy first
-        (torch.tensor([0, 40, 7], dtype=torch.int32), torch.tensor([1, 1, 7, 7, 7], dtype=torch.int32)),
-    ],
-)
-def test_a_requests_value_is_spread_over_its_rows_in_place(values: Tensor, spread: Tensor) -> None:
-    output = torch.full((5,), -1, dtype=values.dtype)
-    rows_end = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second has no rows
-    expand(output=output, input_val=values, cu_num_tokens=rows_end, replace_from=0, replace_to=1)
-    assert torch.equal(output, spread)
-    expand(output, values, rows_end, 0, 0, MAX_NUM_TOKENS=128)
-    assert output[0] == 0
-
-
-def test_top_k_takes_no_rows_too() -> None:
-    def top_k(logits: Tensor, k: Tensor) -> Tensor:
-        return logits - k.max()  # as vLLM begins
-
-    none = torch.empty(0, 5)
-    assert unless_empty(top_k)(none, torch.empty(0, dtype=torch.int32)) is none
-    assert torch.equal(unless_empty(top_k)(torch.ones(2, 5), torch.tensor([1, 0])), torch.zeros(2, 5))
 
 
 def spec(draft: str | None) -> ModelSpec:
