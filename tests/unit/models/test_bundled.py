@@ -17,14 +17,22 @@ from paceline.server.models.sources import resolve
 
 
 @pytest.fixture
-def shipped(tmp_path: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def looked_up_anew() -> Iterator[None]:
+    """What is bundled, before and after."""
+    bundled.bundled.cache_clear()
+    yield
+    bundled.bundled.cache_clear()
+
+
+@pytest.fixture
+def shipped(
+    tmp_path: Path, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, looked_up_anew: None
+) -> Path:
     """A folder of bundled drafts with one that was made for the tiny Llama."""
     target = tiny_checkpoint("llama")
     draft = write_draft(tmp_path / "pretrained" / "tiny-draft", target, target, shared=[EMBEDDING])
     monkeypatch.setattr(bundled, "resources", SimpleNamespace(files=lambda package: tmp_path / "pretrained"))
-    bundled.bundled.cache_clear()
-    yield draft
-    bundled.bundled.cache_clear()
+    return draft
 
 
 def default_draft(engine: Any) -> str | None:
@@ -69,13 +77,13 @@ def test_a_bundled_draft_has_a_name(shipped) -> None:
     assert sources.cached("tiny-draft") == shipped
 
 
-def test_without_the_package_nothing_is_bundled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_nothing_is_bundled(
+    monkeypatch: pytest.MonkeyPatch, looked_up_anew: None
+) -> None:
     def missing(package: str) -> Path:
         raise ModuleNotFoundError(package)
 
-    bundled.bundled.cache_clear()
     monkeypatch.setattr(bundled, "resources", SimpleNamespace(files=missing))
     assert bundled.bundled() == {}
-    bundled.bundled.cache_clear()
     with pytest.raises(ModelNotFoundError):
         resolve("tiny-draft")
