@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +18,9 @@ from served_process import PATIENCE_SECONDS
 PROMPTS = Path(__file__).parents[1] / "draftmodels" / "evaluate" / "prompts.jsonl"
 #: What a request says to be served without a draft; to vLLM nothing, there it must come alone (``SCHEDULE``).
 UNDRAFTED: dict[Engine, dict[str, Any]] = {"native": {"speculation": {"enabled": False}}, "vllm": {}}
-# Greedy tokens are the likeliest by 0.3 nats and more here: near ties fall as the rows of a batch happen to be rounded,
-# which in vLLM depends on their company.
-_GREEDY = (
+#: Prompts whose greedy tokens are the likeliest by 0.3 nats and more: near ties fall as the rows of a batch happen to
+#: be rounded, which in vLLM depends on their company.
+CERTAIN = (
     "1, 2, 3, 4, 5, 6,",
     "2, 4, 6, 8, 10, 12,",
     "100, 99, 98, 97, 96,",
@@ -57,8 +58,10 @@ def draft_tokens(answer: openai.types.Completion) -> int:
     return cast(int, figures.get("num_draft_tokens", 0))
 
 
-def greedy_texts(served: Served, together: int, **extra: Any) -> tuple[list[str], int]:
-    """Greedy answers, so many at a time, and how many draft tokens they took."""
+def greedy_texts(
+    served: Served, prompts: Sequence[str], together: int, **extra: Any
+) -> tuple[list[str], int]:
+    """Greedy answers to ``prompts``, so many at a time, and how many draft tokens they took."""
     with client_of(served) as client, ThreadPoolExecutor(together) as pool:
 
         def ask(prompt: str) -> tuple[str, int]:
@@ -67,7 +70,7 @@ def greedy_texts(served: Served, together: int, **extra: Any) -> tuple[list[str]
             )
             return answer.choices[0].text, draft_tokens(answer)
 
-        answers = list(pool.map(ask, _GREEDY))
+        answers = list(pool.map(ask, prompts))
     return [text for text, _ in answers], sum(drafted for _, drafted in answers)
 
 

@@ -15,7 +15,7 @@ import campaign
 import httpx
 import openai
 import pytest
-from engine_measures import UNDRAFTED, acceptance, beginnings, contingency, greedy_texts
+from engine_measures import CERTAIN, UNDRAFTED, acceptance, beginnings, contingency, greedy_texts
 from engine_servers import MODEL, SCHEDULE, Engine, Served, client_of, serving
 from prometheus_client.parser import text_string_to_metric_families
 from real_models import SMOLLM2
@@ -37,6 +37,7 @@ RATES: dict[tuple[Engine, str, float], float] = {}
 SCORES: dict[Engine, list[float]] = {}
 #: Greedy texts without a draft by engine.
 TEXTS: dict[Engine, list[str]] = {}
+GREEDY = ("Once upon a time", "The three laws of motion are", "def fibonacci(n):\n", "Dear Sir or Madam,")
 STREAM: dict[str, Any] = {
     "model": MODEL,
     "prompt": "Once",
@@ -92,10 +93,13 @@ def test_a_server_that_loads_says_so(independent: Served) -> None:
 
 
 def test_an_independent_draft_changes_no_greedy_text(independent: Served) -> None:
-    alone, drafted = greedy_texts(independent, 1, **UNDRAFTED[independent.engine])
+    undrafted = UNDRAFTED[independent.engine]
+    TEXTS[independent.engine], drafted = greedy_texts(independent, GREEDY, 1, **undrafted)
     assert drafted == 0
-    TEXTS[independent.engine] = alone
-    together, drafted = greedy_texts(independent, 4)
+    prompts = CERTAIN if independent.engine == "vllm" else (*GREEDY, *CERTAIN)
+    alone, drafted = greedy_texts(independent, prompts, 1, **undrafted)
+    assert drafted == 0
+    together, drafted = greedy_texts(independent, prompts, 4)
     assert drafted > 0
     assert together == alone
 
@@ -276,7 +280,7 @@ def test_async_clients_side_by_side(drafted: Served) -> None:
 
 
 def test_greedy_text_is_that_without_a_draft(drafted: Served) -> None:
-    texts, count = greedy_texts(drafted, 1)
+    texts, count = greedy_texts(drafted, GREEDY, 1)
     assert count > 0
     assert texts == TEXTS[drafted.engine]
 
