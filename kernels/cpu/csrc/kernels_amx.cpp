@@ -1,13 +1,15 @@
-// int8 linears of many rows on the matrix unit. Its sums are the same integers as those of VNNI, and all that follows is
-// done in the same order, so a row has the same bits here as alone. Everything else is the AVX-512 table's.
+// int8 linears of CPUs with AMX: many rows on the matrix unit, few rows by VNNI with as many streams of weights as these
+// CPUs like. The unit's sums are the same integers as those of VNNI, and all that follows is done in the same order, so a
+// row has the same bits here as alone. Everything else is the AVX-512 table's.
 #define PL_USE_AVX512
 #define PL_ISA_NS isa_amx
 namespace PL_ISA_NS {
-static constexpr int kSparsePrefetchBytes = 2048, kDensePrefetchBytes = 4096;
+static constexpr int kRowsOfFour = 6, kRowsOfTwo = 8, kSparseRowsOfTwo = 8, kManyRows = 8;
+static constexpr int kPrefetchBytes = 1024, kPrefetchGroups = 2, kSparsePrefetchBytes = 4096, kDensePrefetchBytes = 4096;
+static constexpr bool kOnlyInt8 = true;
 }
+#include "linear.h"
 #include "matrix_unit.h"
-#include "outputs.h"
-#include "sparse_tile.h"
 
 namespace PL_ISA_NS {
 
@@ -116,10 +118,8 @@ static void rows_of_claim(const pl_linear &l, const Input &x, const Output &out,
 using namespace PL_ISA_NS;
 
 void amx_linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end, int next) {
-    if (l.format != PL_INT8 || rows < kFewestRows) {
-        kAvx512Kernels.linear_tiles(l, x, out, rows, begin, end, next);
-        return;
-    }
+    if (l.format != PL_INT8) return kAvx512Kernels.linear_tiles(l, x, out, rows, begin, end, next);
+    if (rows < kFewestRows) return linear_tiles(l, x, out, rows, begin, end, next);
     for (int row = 0; row < rows;) {
         const int left = rows - row, blocks = (left + kMostRows - 1) / kMostRows, take = (left + blocks - 1) / blocks;
         rows_of_claim(l, x, out, take, row, begin, end);

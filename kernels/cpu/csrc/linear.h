@@ -1,6 +1,7 @@
 // Linear layers over packed tiles, dense here and sparse in sparse_linear.h. A row's result is accumulated in one order (inputs ascending;
 // int8: exact integer sums per group of 64 inputs, groups ascending), whatever rows and tiles share the call.
 #pragma once
+#include "int8_group.h"
 #include "kernel_table.h"
 #include "outputs.h"
 #include "simd.h"
@@ -17,11 +18,8 @@ PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int next,
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
     for (int g = 0; g < groups; g++) {
-        I dot[R][T];
-        for (int t = 0; t < T; t++) {
-            I start = set1i(x.corrections[(int64_t)(row + t) * groups + g]);
-            for (int r = 0; r < R; r++) dot[r][t] = start;
-        }
+        Int8Group<R, T> products;
+        products.start(x, row, groups, g);
         // The streams go on kAhead groups ahead, one alone further than several; past their tiles' end, in `next`'s.
         constexpr int kAhead = R == 1 ? 2 * kPrefetchGroups : kPrefetchGroups;
         const int64_t ahead = (int64_t)kAhead * PL_GROUP * PL_LANES +
@@ -34,15 +32,10 @@ PL_INLINE void sums_int8(const pl_linear &l, const Input &x, int tile, int next,
                 weights[r] = load_weights(at + r * tile_bytes);
                 prefetch(at + r * tile_bytes + ahead);
             }
-            for (int t = 0; t < T; t++) {
-                X4 inputs = load_inputs(x.int8 + (int64_t)(row + t) * l.in_padded + g * PL_GROUP + k);
-                for (int r = 0; r < R; r++) dot[r][t] = dot4(dot[r][t], weights[r], inputs);
-            }
+            const int8_t *inputs = x.int8 + (int64_t)row * l.in_padded + g * PL_GROUP + k;
+            for (int t = 0; t < T; t++) products.multiply(t, weights, load_inputs(inputs + (int64_t)t * l.in_padded));
         }
-        for (int t = 0; t < T; t++) {
-            F scale = set1(x.scales[(int64_t)(row + t) * groups + g]);
-            for (int r = 0; r < R; r++) sum[r][t] = fma(to_float(dot[r][t]), scale, sum[r][t]);
-        }
+        products.take_up(x, row, groups, g, sum);
     }
 }
 
@@ -89,11 +82,13 @@ PL_INLINE void sums_fp32(const pl_linear &l, const Input &x, int tile, int row, 
 
 template <int R, int T>
 PL_INLINE void sums_any(const pl_linear &l, const Input &x, int tile, int next, int row, F (&sum)[R][T]) {
-    if constexpr (R == 1)
-        if (l.tile_starts) return sums_sparse<T>(l, x, tile, row, sum);
-    if (l.format == PL_INT8) sums_int8<R, T>(l, x, tile, next, row, sum);
-    else if (l.format == PL_BF16) sums_bf16<R, T>(l, x, tile, row, sum);
-    else sums_fp32<R, T>(l, x, tile, row, sum);
+    if constexpr (R <= 2)
+        if (l.tile_starts) return sums_sparse<R, T>(l, x, tile, row, sum);
+    if (kOnlyInt8 || l.format == PL_INT8) return sums_int8<R, T>(l, x, tile, next, row, sum);
+    if constexpr (!kOnlyInt8) {
+        if (l.format == PL_BF16) sums_bf16<R, T>(l, x, tile, row, sum);
+        else sums_fp32<R, T>(l, x, tile, row, sum);
+    }
 }
 
 // T rows of R tiles; gated layers take tiles in pairs, so R tiles of them are R / 2 (at least one) pairs. `next`: the tile
@@ -139,18 +134,32 @@ PL_INLINE void runs_of_tiles(const pl_linear &l, const Input &x, const Output &o
         rows_of_tiles<R, MaxT>(l, x, out, tile, tile + step < end ? tile + step : next, rows);
 }
 
+// Several tiles at once are several streams of weights, with fewer registers left for rows: up to kRowsOfFour rows take four
+// tiles, up to kRowsOfTwo two, the rest one.
+PL_INLINE void dense_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int pair, int begin, int end,
+                           int next) {
+    int tile = begin;
+    if constexpr (kRowsOfFour > 0)
+        if (rows <= kRowsOfFour) runs_of_tiles<4, kRowsOfFour>(l, x, out, rows, 4, tile, end, next);
+    if (rows <= kRowsOfTwo) runs_of_tiles<2, kRowsOfTwo>(l, x, out, rows, 2, tile, end, next);
+    runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, next);
+}
+
+// Two to kSparseRowsOfTwo rows take two tiles. One row does not: what it waits for is the expansion.
+PL_INLINE void sparse_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int pair, int &tile, int end) {
+    if constexpr (kSparseRowsOfTwo > 0)
+        if (rows > 1 && rows <= kSparseRowsOfTwo) runs_of_tiles<2, kSparseRowsOfTwo>(l, x, out, rows, 2, tile, end, end);
+    runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, end);
+}
+
 static void linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end, int next) {
     const int pair = out.mode == Output::kGated ? 2 : 1;
+    if (!l.tile_starts) return dense_tiles(l, x, out, rows, pair, begin, end, next);
+    // The memory behind a claim's last tiles need not be the next claim's.
     int tile = begin;
-    if (rows <= kFewRows && !l.tile_starts) {  // sparse tiles come one by one
-        runs_of_tiles<kFewTiles, kFewRows>(l, x, out, rows, kFewTiles, tile, end, next);
-        runs_of_tiles<2, kFewRows>(l, x, out, rows, 2, tile, end, next);
-    }
-    if (l.tile_starts) {  // the memory behind a claim's last tile need not be the next claim's
-        if (end - tile > pair) runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end - pair, end - pair);
-        fetch_start(l, next);
-    }
-    runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, next);
+    sparse_tiles(l, x, out, rows, pair, tile, end - 2);
+    fetch_start(l, next);
+    sparse_tiles(l, x, out, rows, pair, tile, end);
 }
 
 }  // namespace PL_ISA_NS

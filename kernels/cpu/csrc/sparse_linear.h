@@ -1,33 +1,40 @@
 // The inner loops of linear layers over sparse tiles: packed values are expanded in registers by their masks, then go the
 // dense way. Sums are made in the order of the dense loops, so that a sparse weight gives the bits of the same weight dense.
-// One tile at a time: streams of several tiles side by side, which pay for dense ones, were slower at any number of rows.
 #pragma once
+#include "int8_group.h"
 #include "kernel_table.h"
 #include "simd.h"
 #include "sparse_tile.h"
 
 namespace PL_ISA_NS {
 
-template <int T>
-PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[1][T]) {
+template <int R, int T>
+PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
     const int groups = l.in_padded / PL_GROUP;
-    SparseTile<uint8_t, uint64_t> weights(l, tile);
+    SparseTile<uint8_t, uint64_t> weights[R];
+    for (int r = 0; r < R; r++) weights[r] = {l, tile + r};
     for (int g = 0; g < groups; g++) {
-        I dot[T];
-        for (int t = 0; t < T; t++) dot[t] = set1i(x.corrections[(int64_t)(row + t) * groups + g]);
-        weights.begin_group();
+        Int8Group<R, T> products;
+        products.start(x, row, groups, g);
+        for (int r = 0; r < R; r++) weights[r].begin_group();
         // Unrolled whole, so that nothing but the expansion is left per vector: what binds is the one port that moves a
         // mask (one operation) and expands by it (two).
 #pragma GCC unroll 16
         for (int v = 0; v < PL_VECTORS; v++) {
-            const uint64_t mask = weights.mask(v);
-            if (v % 2 == 0) weights.fetch_ahead();
-            const W4 vector = expand_weights(weights.take(mask), mask);
+            W4 vector[R];
+            for (int r = 0; r < R; r++) {
+                const uint64_t mask = weights[r].mask(v);
+                if (v % 2 == 0) weights[r].fetch_ahead();
+                vector[r] = expand_weights(weights[r].take(mask), mask);
+            }
             const int8_t *inputs = x.int8 + (int64_t)row * l.in_padded + g * PL_GROUP + 4 * v;
-            for (int t = 0; t < T; t++) dot[t] = dot4(dot[t], vector, inputs + (int64_t)t * l.in_padded);
+            for (int t = 0; t < T; t++) {
+                const int8_t *of_row = inputs + (int64_t)t * l.in_padded;
+                if constexpr (R == 1) products.dot[0][t] = dot4(products.dot[0][t], vector[0], of_row);
+                else products.multiply(t, vector, load_inputs(of_row));
+            }
         }
-        for (int t = 0; t < T; t++)
-            sum[0][t] = fma(to_float(dot[t]), set1(x.scales[(int64_t)(row + t) * groups + g]), sum[0][t]);
+        products.take_up(x, row, groups, g, sum);
     }
 }
 
@@ -63,12 +70,15 @@ PL_INLINE void sparse_fp32(const pl_linear &l, const Input &x, int tile, int row
     }
 }
 
-template <int T>
-PL_INLINE void sums_sparse(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[1][T]) {
-    for (int t = 0; t < T; t++) sum[0][t] = set1(0.0f);
-    if (l.format == PL_INT8) sparse_int8<T>(l, x, tile, row, sum);
-    else if (l.format == PL_BF16) sparse_bf16<T>(l, x, tile, row, sum);
-    else sparse_fp32<T>(l, x, tile, row, sum);
+template <int R, int T>
+PL_INLINE void sums_sparse(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
+    if (kOnlyInt8 || l.format == PL_INT8) return sparse_int8<R, T>(l, x, tile, row, sum);
+    if constexpr (R == 1 && !kOnlyInt8) {
+        if (l.format == PL_BF16) sparse_bf16<T>(l, x, tile, row, sum);
+        else sparse_fp32<T>(l, x, tile, row, sum);
+    }
 }
 
 }  // namespace PL_ISA_NS

@@ -10,6 +10,7 @@ namespace PL_ISA_NS {
 template <typename Value, typename Mask>
 class SparseTile {
 public:
+    SparseTile() = default;
     PL_MEMBER SparseTile(const pl_linear &l, int tile) : at_((const uint8_t *)l.data + l.tile_starts[tile]) {}
     PL_MEMBER void begin_group() {
         masks_ = at_;
