@@ -43,7 +43,7 @@ class DrawMaker:
         uniforms: list[Tensor] = []
         if sampled:
             numbers = random_uniforms((sum(sampled),), generator, torch.device("cpu"))
-            uniforms = list(torch.split(numbers, sampled))
+            uniforms = [numbers] if len(sampled) == 1 else list(torch.split(numbers, sampled))
         drawn = iter(uniforms)
         return [
             self._draw(row, wish, next(drawn) if is_unseeded(row) else None)

@@ -19,7 +19,7 @@ from paceline.server.decoding.policy.rest import Rest
 
 #: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500. The first blocks
 #: of all count in both, so that a weak model-wide prior would let four unlucky ones end drafting.
-_SEQUENCE_KEEP, _SEQUENCE_PRIOR = 0.94, 4.0
+_SEQUENCE_KEEP, _SEQUENCE_PRIOR = 0.94, 10.0
 _MODEL_KEEP, _MODEL_PRIOR = 0.998, 16.0
 #: Evidence of a sequence that does not draft ages with every step, so that new one weighs more.
 _IDLE_KEEP = 0.998
@@ -64,8 +64,12 @@ class AdaptivePolicy:
         self._probes.earn(batch.seconds(), len(candidates))
         sharing = max(1, sum(any(o.by_model for o in c.options) for c in candidates if c.limit))
         considered = [self._consider(c, batch, sharing) for c in candidates]
-        lengths = best_lengths([one.pick for one in considered], batch)
-        alone = BatchCosts(self._costs, [round(mean_context([c.context for c in candidates]))])
+        alone = batch
+        if len(candidates) > 1:
+            lengths = best_lengths([one.pick for one in considered], batch)
+            alone = BatchCosts(self._costs, [round(mean_context([c.context for c in candidates]))])
+        else:  # the search has been made
+            lengths = [considered[0].length_alone(batch)]
         decisions = [
             Decision(n, one.pick.option) if n else Decision(reason=one.reason or _why_not(one.pick, alone))
             for n, one in zip(lengths, considered, strict=True)
@@ -109,8 +113,8 @@ class AdaptivePolicy:
         alone = [(batch.best_alone(pick, sharing), pick) for pick in picks if pick.gains]
         usable = [(at, pick) for at, pick in alone if not self._is_behind(candidate, pick, at, batch)]
         if usable:
-            _, best = max(usable, key=lambda one: one[0].rate)
-            return _Considered(best, best.option, None)
+            at, best = max(usable, key=lambda one: one[0].rate)
+            return _Considered(best, best.option, None, at)
         behind = bool(alone) or len(picks) < len(options)
         return _Considered(Pick(), options[0], "catch_up" if behind else "low_acceptance")
 
@@ -171,8 +175,15 @@ def _why_not(pick: Pick, alone: BatchCosts) -> Reason | None:
 
 @dataclass(frozen=True, slots=True)
 class _Considered:
-    """What a sequence might draft with, what it may probe with, and why it has nothing to draft with."""
+    """What a sequence might draft with, what it may probe with, why it has nothing to draft with, and its best block."""
 
     pick: Pick
     probed: Option | None
     reason: Reason | None
+    best: BestAlone | None = None
+
+    def length_alone(self, batch: BatchCosts) -> int:
+        """``best_lengths`` of this sequence where there is no other."""
+        if self.best is None or self.best.rate <= LEAST_WIN / batch.seconds():
+            return 0
+        return self.best.length

@@ -9,7 +9,6 @@ the draft more or less.)
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 from paceline.server.decoding.policy.choices import Option
@@ -44,11 +43,12 @@ class Pick:
 
 
 class BestAlone(NamedTuple):
-    """A block's tokens per second of the batch, expected accepted tokens, and seconds of the step."""
+    """A block's tokens per second of the batch, expected accepted tokens, seconds of the step, and draft tokens."""
 
     rate: float
     expected: float
     seconds: float
+    length: int
 
 
 class BatchCosts:
@@ -59,14 +59,15 @@ class BatchCosts:
     """
 
     def __init__(self, costs: StepCosts, contexts: Sequence[int]) -> None:
-        self.sequences, context = len(contexts), mean_context(contexts)
-        self._target = cache(lambda rows: costs.target_seconds(rows, context))
-        self._draft = cache(lambda forwards, rows: costs.draft_seconds(forwards, rows, context))
+        self.sequences, self._context = len(contexts), mean_context(contexts)
+        self._costs = costs
+        self._target_seconds: dict[tuple[int, bool], float] = {}
+        self._draft_seconds: dict[tuple[float, float], float] = {}
 
     def seconds(self, draft_tokens: int = 0, draft_forwards: int = 0, draft_rows: int = 0) -> float:
         """Of a step that verifies so many draft tokens, and drafts with so many forwards and rows."""
-        drafting: float = self._draft(draft_forwards, draft_rows) if draft_forwards else 0.0
-        verifying: float = self._target(self.sequences + draft_tokens)
+        drafting = self._draft(draft_forwards, draft_rows) if draft_forwards else 0.0
+        verifying = self._target(self.sequences + draft_tokens, draft_forwards > 0)
         return max(verifying + drafting, INSTANT_SECONDS)
 
     def best_alone(self, pick: Pick, sharing: int) -> BestAlone:
@@ -75,17 +76,34 @@ class BatchCosts:
         Args:
             sharing: sequences between which the price of draft forwards is divided.
         """
-        best, expected = BestAlone(0.0, 0.0, 1.0), 0.0
+        best, expected = BestAlone(0.0, 0.0, 1.0, 0), 0.0
         for length, gain in enumerate(pick.gains, 1):
             expected += gain
-            seconds = self._target(self.sequences + length)
+            seconds = self._target(self.sequences + length, pick.by_model)
             if pick.by_model:
                 seconds += self._draft(length, sharing * (length - 1 + pick.first_rows)) / sharing
             seconds = max(seconds, INSTANT_SECONDS)
             rate = (self.sequences + expected) / seconds
             if rate > best.rate:
-                best = BestAlone(rate, expected, seconds)
+                best = BestAlone(rate, expected, seconds, length)
         return best
+
+    # Kept by hand: a functools.cache per step costs more than what it saves.
+    def _target(self, rows: int, drafting: bool) -> float:
+        seconds = self._target_seconds.get((rows, drafting))
+        if seconds is None:
+            seconds = self._target_seconds[rows, drafting] = self._costs.target_seconds(
+                rows, self._context, drafting=drafting
+            )
+        return seconds
+
+    def _draft(self, forwards: float, rows: float) -> float:
+        seconds = self._draft_seconds.get((forwards, rows))
+        if seconds is None:
+            seconds = self._draft_seconds[forwards, rows] = self._costs.draft_seconds(
+                forwards, rows, self._context
+            )
+        return seconds
 
 
 class _Token(NamedTuple):

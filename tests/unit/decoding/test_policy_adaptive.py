@@ -121,7 +121,7 @@ def test_the_length_is_as_good_as_the_best_one(alpha: float, draft_cost: float) 
 class _Known(StepCosts):
     """Costs without measuring; a step in the target's makes them no line."""
 
-    def target_seconds(self, rows: int, context: float) -> float:
+    def target_seconds(self, rows: int, context: float, *, drafting: bool) -> float:
         return 1 + 0.03 * rows + (0.4 if rows > 5 else 0) + (0.3 if rows > 9 else 0)
 
     def draft_seconds(self, forwards: float, rows: float, context: float) -> float:
@@ -232,7 +232,7 @@ def test_batch_cost_is_told_from_low_acceptance() -> None:
 class _Crowded(StepCosts):
     """A second row is cheap, one more beside four as dear as a step."""
 
-    def target_seconds(self, rows: int, context: float) -> float:
+    def target_seconds(self, rows: int, context: float, *, drafting: bool) -> float:
         return 1 + 0.1 * (rows - 1) + max(0, rows - 4)
 
     def draft_seconds(self, forwards: float, rows: float, context: float) -> float:
