@@ -17,7 +17,7 @@ from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, BestA
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
 from paceline.server.decoding.policy.rest import Rest
 
-#: A sequence's last 16 blocks or so count, beside a prior of 4 pseudo-trials; model-wide the last 500. The first blocks
+#: A sequence's last 16 blocks or so count, beside a prior of 10 pseudo-trials; model-wide the last 500. The first blocks
 #: of all count in both, so that a weak model-wide prior would let four unlucky ones end drafting.
 _SEQUENCE_KEEP, _SEQUENCE_PRIOR = 0.94, 10.0
 _MODEL_KEEP, _MODEL_PRIOR = 0.998, 16.0

@@ -96,21 +96,21 @@ def test_what_a_single_row_costs_is_remembered_while_only_blocks_run(slow: float
 
 def test_steps_among_drafting_ones_have_a_price_of_their_own() -> None:
     """What a draft model evicts from the caches is paid by the target; a step between two plain ones is cheaper."""
-    costs = StepCosts()
+    costs, after = StepCosts(), 0
     for i in range(400):
-        drafts = i // 50 % 2
-        slow = 0.8 if drafts else 0.0
+        drafts = i // 4 % 2
         costs.observe(
             StepWork(
                 rows=1 + drafts,
                 row_context=100,
                 decodes_only=True,
-                target_seconds=(4.3 + 0.4 * drafts + slow * (i % 50 > 0)) / 1e3,
+                target_seconds=0.0043 + 0.0004 * drafts + 0.0008 * after,
                 draft_forwards=drafts,
                 draft_rows=drafts,
                 draft_seconds=0.001 * drafts,
             )
         )
+        after = drafts
     assert costs.target_seconds(1, 100, drafting=False) == pytest.approx(0.0043, rel=0.03)
     assert costs.target_seconds(2, 100, drafting=True) == pytest.approx(0.0055, rel=0.03)
 
