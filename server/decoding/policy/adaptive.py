@@ -17,8 +17,8 @@ from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, BestA
 from paceline.server.decoding.policy.probes import ProbeBudget, is_due
 from paceline.server.decoding.policy.rest import Rest
 
-#: A sequence's last 16 blocks or so count, beside a prior of 10 pseudo-trials; model-wide the last 500. The first blocks
-#: of all count in both, so that a weak model-wide prior would let four unlucky ones end drafting.
+#: A sequence's last 16 blocks or so count, beside a prior of 10 pseudo-trials; model-wide the last 500. The first
+#: blocks of all count in both, so that a weak model-wide prior would let four unlucky ones end drafting.
 _SEQUENCE_KEEP, _SEQUENCE_PRIOR = 0.94, 10.0
 _MODEL_KEEP, _MODEL_PRIOR = 0.998, 16.0
 #: Evidence of a sequence that does not draft ages with every step, so that new one weighs more.
@@ -175,7 +175,7 @@ def _why_not(pick: Pick, alone: BatchCosts) -> Reason | None:
 
 @dataclass(frozen=True, slots=True)
 class _Considered:
-    """What a sequence might draft with, what it may probe with, why it has nothing to draft with, and its best block."""
+    """What a sequence might draft with or probe with, why it has nothing to draft with, and its best block."""
 
     pick: Pick
     probed: Option | None
