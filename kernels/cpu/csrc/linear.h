@@ -134,6 +134,9 @@ PL_INLINE void runs_of_tiles(const pl_linear &l, const Input &x, const Output &o
         rows_of_tiles<R, MaxT>(l, x, out, tile, tile + step < end ? tile + step : next, rows);
 }
 
+// Whether a sparse layer takes less than half of its dense bytes.
+PL_INLINE bool is_thin(const pl_linear &l) { return 2 * weight_bytes(l) < pl_packed_bytes(l.format, l.out, l.in); }
+
 // Several tiles at once are several streams of weights, with fewer registers left for rows: up to kRowsOfFour rows take four
 // tiles, up to kRowsOfTwo two, the rest one.
 PL_INLINE void dense_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int pair, int begin, int end,
@@ -145,10 +148,12 @@ PL_INLINE void dense_tiles(const pl_linear &l, const Input &x, const Output &out
     runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, next);
 }
 
-// Two to kSparseRowsOfTwo rows take two tiles. One row does not: what it waits for is the expansion.
+// Up to kSparseRowsOfTwo rows take two tiles; one row only where little is left of the weights, as otherwise what it waits
+// for is their memory, and one stream of that is enough.
 PL_INLINE void sparse_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int pair, int &tile, int end) {
     if constexpr (kSparseRowsOfTwo > 0)
-        if (rows > 1 && rows <= kSparseRowsOfTwo) runs_of_tiles<2, kSparseRowsOfTwo>(l, x, out, rows, 2, tile, end, end);
+        if (rows <= kSparseRowsOfTwo && (rows > 1 || is_thin(l)))
+            runs_of_tiles<2, kSparseRowsOfTwo>(l, x, out, rows, 2, tile, end, end);
     runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, end);
 }
 

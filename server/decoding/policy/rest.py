@@ -11,7 +11,9 @@ from paceline.server.decoding.policy.history import Reason
 
 #: Deciding for fewer sequences is cheap, and what could draft for them should be tried at once.
 LEAST_CROWD = 4
-LONGEST_REST_STEPS = 8
+LONGEST_REST_STEPS = 16
+#: A crowd that has shrunk to this share of itself is another one; one that lost a member is mostly about to get the next.
+_SAME_CROWD = 0.75
 #: What does not end with the next token, unlike a text without a match.
 _LASTING: frozenset[Reason | None] = frozenset({None, "low_acceptance", "batch_cost", "catch_up"})
 
@@ -24,8 +26,8 @@ class Rest:
         self._crowd = 0
 
     def take(self, sequences: int) -> bool:
-        """Whether a step of so many sequences belongs to the rest; one that has shrunk is to be asked."""
-        if not self._left or sequences < self._crowd:
+        """Whether a step of so many sequences belongs to the rest; a crowd that has shrunk is to be asked."""
+        if not self._left or sequences < _SAME_CROWD * self._crowd:
             self._left = 0
             return False
         self._left -= 1

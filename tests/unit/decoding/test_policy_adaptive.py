@@ -261,12 +261,12 @@ def test_without_options_or_room_nothing_is_wanted() -> None:
     assert policy.decide([nothing, last, last])[1:] == [Decision(), Decision()]
 
 
-def test_a_crowd_in_which_nobody_drafts_is_asked_every_ninth_step_or_so() -> None:
+def test_a_crowd_in_which_nobody_drafts_is_asked_rarely() -> None:
     simulation = Simulation(AdaptivePolicy(), {"draft": 0.5}, row_cost=0.5, batch=16)
     simulation.run(200)
     asked = simulation.asked
     decisions = simulation.run(400)
-    assert 40 <= simulation.asked - asked <= 130
+    assert 400 // 17 <= simulation.asked - asked <= 70
     reasons = [decision.reason for step in decisions for decision in step if not decision.length]
     assert set(reasons) <= {"batch_cost", "low_acceptance", "catch_up"}
 
@@ -282,7 +282,7 @@ def test_a_crowd_is_asked_at_once_when_it_shrinks_drafts_or_lacks_a_match() -> N
     rest = Rest()
     for _ in range(5):
         rest.settle(none)
-    assert [rest.take(16), rest.take(17), rest.take(15), rest.take(16)] == [True, True, False, False]
+    assert [rest.take(16), rest.take(17), rest.take(13), rest.take(11), rest.take(16)] == [True] * 3 + [False] * 2
     for unrest in (Decision(1, Option("draft")), Decision(reason="no_match"), Decision(reason="no_room")):
         rest.settle(none)
         rest.settle([*none[1:], unrest])
@@ -296,6 +296,6 @@ def test_a_rest_grows_and_begins_anew() -> None:
         rest.settle(none)
         return list(iter(lambda: rest.take(8), False)).count(True)
 
-    assert [length() for _ in range(5)] == [1, 2, 4, 8, 8]
+    assert [length() for _ in range(6)] == [1, 2, 4, 8, 16, 16]
     rest.settle([*none[1:], Decision(2, Option("draft"))])
     assert length() == 1
