@@ -12,7 +12,7 @@ from paceline.server.decoding.policy.history import Reason
 #: Deciding for fewer sequences is cheap, and what could draft for them should be tried at once.
 LEAST_CROWD = 4
 LONGEST_REST_STEPS = 16
-#: A crowd that has shrunk to this share of itself is another one; one that lost a member is mostly about to get the next.
+#: A crowd that has shrunk to this share is another one; one that lost a member is mostly about to get the next.
 _SAME_CROWD = 0.75
 #: What does not end with the next token, unlike a text without a match.
 _LASTING: frozenset[Reason | None] = frozenset({None, "low_acceptance", "batch_cost", "catch_up"})
