@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from paceline.server.decoding.policy.history import FIRST_PROBE_STEPS, History, Reason
 from paceline.server.decoding.policy.lengths import INSTANT_SECONDS
+from paceline.server.decoding.policy.rest import LEAST_CROWD
 
-#: Share of the engine's time that probes may lose.
+#: Share of the engine's time that probes may lose; in a crowd, where each says something about one of many, less.
 BUDGET_SHARE = 0.01
+CROWD_SHARE = 0.004
 #: Credit at the start, in steps: the first probe measures what catching up costs. Without it that stays a guess, which
 #: grows faster than the credit while a draft falls behind, and the draft would never be tried again.
 _FIRST_CREDIT_STEPS = 4
@@ -31,7 +33,8 @@ class ProbeBudget:
         """A step without drafting is predicted to take so long for so many sequences."""
         if not self._started and step_seconds > INSTANT_SECONDS:
             self._started, self._credit_seconds = True, _FIRST_CREDIT_STEPS * step_seconds
-        earned = self._credit_seconds + BUDGET_SHARE * step_seconds
+        share = CROWD_SHARE if sequences >= LEAST_CROWD else BUDGET_SHARE
+        earned = self._credit_seconds + share * step_seconds
         self._credit_seconds = min(earned, _MOST_SAVED_STEPS * step_seconds)
         self._token_seconds = step_seconds / sequences
 

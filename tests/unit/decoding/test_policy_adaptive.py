@@ -10,6 +10,7 @@ import pytest
 from paceline.server.decoding.policy import AdaptivePolicy, Candidate, Decision, History, Option, StepWork
 from paceline.server.decoding.policy.costs import StepCosts
 from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, Pick, best_lengths
+from paceline.server.decoding.policy.probes import ProbeBudget
 from paceline.server.decoding.policy.rest import Rest
 
 
@@ -168,6 +169,15 @@ def test_a_hopeless_draft_is_left_alone_and_costs_next_to_nothing() -> None:
     assert {d.reason for d in decisions if not d.length} <= {"low_acceptance", "catch_up"}
 
 
+@pytest.mark.parametrize(("sequences", "share"), [(1, 0.01), (16, 0.004)])
+def test_probes_lose_no_more_than_their_share(sequences: int, share: float) -> None:
+    budget, lost = ProbeBudget(), 0.0
+    for _ in range(5000):
+        budget.earn(1.0, sequences)
+        lost += 0.5 if budget.grant([(0.5, 0)]) is not None else 0.0
+    assert share * 5000 <= lost <= share * 5000 + 5  # the first credit is four steps
+
+
 def test_probes_back_off() -> None:
     simulation = Simulation(AdaptivePolicy(), {"ngram": 0.0}, row_cost=0.5)
     simulation.run(100)
@@ -282,7 +292,9 @@ def test_a_crowd_is_asked_at_once_when_it_shrinks_drafts_or_lacks_a_match() -> N
     rest = Rest()
     for _ in range(5):
         rest.settle(none)
-    assert [rest.take(16), rest.take(17), rest.take(13), rest.take(11), rest.take(16)] == [True] * 3 + [False] * 2
+    assert [rest.take(16), rest.take(17), rest.take(13), rest.take(11), rest.take(16)] == [True] * 3 + [
+        False
+    ] * 2
     for unrest in (Decision(1, Option("draft")), Decision(reason="no_match"), Decision(reason="no_room")):
         rest.settle(none)
         rest.settle([*none[1:], unrest])
