@@ -292,9 +292,7 @@ def test_a_crowd_is_asked_at_once_when_it_shrinks_drafts_or_lacks_a_match() -> N
     rest = Rest()
     for _ in range(5):
         rest.settle(none)
-    assert [rest.take(16), rest.take(17), rest.take(13), rest.take(11), rest.take(16)] == [True] * 3 + [
-        False
-    ] * 2
+    assert [rest.take(n) for n in (16, 17, 13, 11, 16)] == [True, True, True, False, False]
     for unrest in (Decision(1, Option("draft")), Decision(reason="no_match"), Decision(reason="no_room")):
         rest.settle(none)
         rest.settle([*none[1:], unrest])
