@@ -6,6 +6,7 @@ everywhere but on what counts HTTP responses: a request that is refused may name
 Times are seconds, lengths tokens.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, get_args
 
@@ -191,8 +192,8 @@ class _SpeculationMetrics:
         )  # reasons: ``decoding.policy.Reason``
 
     def add(self, stats: StepStats) -> None:
-        for reason in stats.disabled:
-            self._disabled.labels(stats.model, reason).inc()
+        for reason, count in collections.Counter(stats.disabled).items():
+            self._disabled.labels(stats.model, reason).inc(count)
         if not stats.accepted_per_block:
             return
         self._drafts.labels(stats.model).inc(len(stats.accepted_per_block))

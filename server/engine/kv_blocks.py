@@ -134,6 +134,8 @@ class KvBlocks:
             return
         size = table.layout.block_tokens
         full = min(table.num_computed, len(tokens)) // size
+        if full <= len(table.digests):
+            return
         digest = table.digests[-1] if table.digests else _root(table.layout)
         for index in range(len(table.digests), full):
             digest = _chain(digest, tokens[index * size : (index + 1) * size])

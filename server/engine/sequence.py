@@ -117,8 +117,10 @@ class Sequence:
 
     @property
     def cached(self) -> list[tuple[BlockTable, list[int]]]:
-        """Tables of every member and of the draft model, each with its tokens."""
-        return self.verifying if self.draft is None else [*self.verifying, (self.draft, self.tokens)]
+        """Tables of every member and, where it has begun, of the draft model, each with its tokens."""
+        if self.draft is None or not self.draft.blocks:
+            return self.verifying
+        return [*self.verifying, (self.draft, self.tokens)]
 
     @property
     def remaining(self) -> int:

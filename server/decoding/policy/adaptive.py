@@ -88,8 +88,6 @@ class AdaptivePolicy:
         own.add(drafted, accepted, age=_IDLE_KEEP ** max(0, history.idle_steps - 1))
         if history.probing:
             self._probes.settle(history, accepted)
-            if accepted:
-                self._rest.end()
         else:
             history.probe_after = FIRST_PROBE_STEPS
         history.idle_steps = 0
@@ -133,7 +131,7 @@ class AdaptivePolicy:
             return False
         plain = batch.sequences / batch.seconds()
         won = (alone.rate - plain) * alone.seconds * candidate.horizon / (1 + alone.expected)
-        return won < plain * self._costs.catch_up_seconds(pick.option.missing)
+        return won < plain * self._behind_seconds(pick.option)
 
     def _probe(
         self,
@@ -143,8 +141,9 @@ class AdaptivePolicy:
         batch: BatchCosts,
     ) -> None:
         """Turn at most one decision not to draft into a block of one token."""
+        dearer = {by_model: batch.seconds(1, int(by_model), 1) - batch.seconds() for by_model in (False, True)}
         wishes = [
-            (self._probe_seconds(one.probed, batch), i)
+            (dearer[one.probed.by_model] + self._behind_seconds(one.probed), i)
             for i, one in enumerate(considered)
             if one.probed is not None
             and not decisions[i].length
@@ -155,9 +154,9 @@ class AdaptivePolicy:
             decisions[index] = Decision(1, considered[index].probed)
             candidates[index].history.probing = True
 
-    def _probe_seconds(self, option: Option, batch: BatchCosts) -> float:
-        catch_up = self._costs.catch_up_seconds(option.missing) if option.missing > CATCH_UP_TOKENS else 0.0
-        return batch.seconds(1, int(option.by_model), 1) - batch.seconds() + catch_up
+    def _behind_seconds(self, option: Option) -> float:
+        """What its draft model has to compute before it can draft."""
+        return self._costs.catch_up_seconds(option.missing) if option.missing > CATCH_UP_TOKENS else 0.0
 
 
 def _rests(option: Option, history: History) -> bool:

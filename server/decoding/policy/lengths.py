@@ -7,7 +7,8 @@ to try every prefix of the tokens in falling order. (Where draft model and n-gra
 the draft more or less.)
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,6 +64,7 @@ class BatchCosts:
         self._costs = costs
         self._target_seconds: dict[tuple[int, bool], float] = {}
         self._draft_seconds: dict[tuple[float, float], float] = {}
+        self._alone_seconds: dict[tuple[bool, int, int], list[float]] = {}
 
     def seconds(self, draft_tokens: int = 0, draft_forwards: int = 0, draft_rows: int = 0) -> float:
         """Of a step that verifies so many draft tokens, and drafts with so many forwards and rows."""
@@ -77,16 +79,22 @@ class BatchCosts:
             sharing: sequences between which the price of draft forwards is divided.
         """
         best, expected = BestAlone(0.0, 0.0, 1.0, 0), 0.0
+        known = self._alone_seconds.setdefault((pick.by_model, pick.first_rows, sharing), [])
         for length, gain in enumerate(pick.gains, 1):
             expected += gain
-            seconds = self._target(self.sequences + length, pick.by_model)
-            if pick.by_model:
-                seconds += self._draft(length, sharing * (length - 1 + pick.first_rows)) / sharing
-            seconds = max(seconds, INSTANT_SECONDS)
-            rate = (self.sequences + expected) / seconds
+            if length > len(known):
+                known.append(self._alone(pick, sharing, length))
+            rate = (self.sequences + expected) / known[length - 1]
             if rate > best.rate:
-                best = BestAlone(rate, expected, seconds, length)
+                best = BestAlone(rate, expected, known[length - 1], length)
         return best
+
+    def _alone(self, pick: Pick, sharing: int, length: int) -> float:
+        """Seconds of a step in which only this pick drafts, so many tokens."""
+        seconds = self._target(self.sequences + length, pick.by_model)
+        if pick.by_model:
+            seconds += self._draft(length, sharing * (length - 1 + pick.first_rows)) / sharing
+        return max(seconds, INSTANT_SECONDS)
 
     # Kept by hand: a functools.cache per step costs more than what it saves.
     def _target(self, rows: int, drafting: bool) -> float:
@@ -107,20 +115,25 @@ class BatchCosts:
 
 
 class _Token(NamedTuple):
+    """A draft token that a step might have; ``draft_rows`` of a draft model make it, 0 for n-grams."""
+
     gain: float
     position: int
     pick: int
+    draft_rows: int
 
 
 def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
     """Draft lengths, in the order of ``picks``, that maximise expected tokens per predicted second."""
-    tokens = [_Token(g, j, i) for i, pick in enumerate(picks) for j, g in enumerate(pick.gains, 1)]
+    tokens = [token for i, pick in enumerate(picks) for token in _tokens(i, pick)]
     tokens.sort(key=lambda token: (-token.gain, token.position))
-    deepest = max((len(pick.gains) for pick in picks if pick.by_model), default=0)
+    deepest = max((token.position for token in tokens if token.draft_rows), default=0)
     best_rate, chosen, misses = LEAST_WIN * costs.sequences / costs.seconds(), list[_Token](), 0
+    if _most(tokens, costs) <= best_rate:
+        return [0] * len(picks)
     for depth in range(deepest + 1):
-        allowed = [t for t in tokens if t.position <= depth or not picks[t.pick].by_model]
-        rate, count = _best_prefix(allowed, picks, costs)
+        allowed = [t for t in tokens if t.position <= depth or not t.draft_rows]
+        rate, count = _best_prefix(allowed, costs)
         misses += 1
         if rate > best_rate:
             best_rate, chosen, misses = rate, allowed[:count], 0
@@ -129,14 +142,29 @@ def best_lengths(picks: Sequence[Pick], costs: BatchCosts) -> list[int]:
     return _lengths(chosen, len(picks))
 
 
-def _best_prefix(tokens: Iterable[_Token], picks: Sequence[Pick], costs: BatchCosts) -> tuple[float, int]:
+def _tokens(index: int, pick: Pick) -> Iterator[_Token]:
+    rows = pick.first_rows if pick.by_model else 0
+    for position, gain in enumerate(pick.gains, 1):
+        yield _Token(gain, position, index, rows)
+        rows = min(rows, 1)
+
+
+def _most(tokens: Sequence[_Token], costs: BatchCosts) -> float:
+    """A rate that no choice of tokens exceeds: the likeliest, made by one draft forward, or none where n-grams are."""
+    forwards = int(all(token.draft_rows for token in tokens))
+    expected = itertools.accumulate((token.gain for token in tokens), initial=float(costs.sequences))
+    next(expected)
+    return max((e / costs.seconds(n, forwards, n * forwards) for n, e in enumerate(expected, 1)), default=0.0)
+
+
+def _best_prefix(tokens: Iterable[_Token], costs: BatchCosts) -> tuple[float, int]:
     """Highest rate over the prefixes of ``tokens`` of at least one, and that prefix's length."""
     best, expected, forwards, rows = (0.0, 0), float(costs.sequences), 0, 0
-    for count, token in enumerate(tokens, 1):
-        expected += token.gain
-        if picks[token.pick].by_model:
-            forwards = max(forwards, token.position)
-            rows += picks[token.pick].first_rows if token.position == 1 else 1
+    for count, (gain, position, _, draft_rows) in enumerate(tokens, 1):
+        expected += gain
+        if draft_rows and position > forwards:
+            forwards = position
+        rows += draft_rows
         rate = expected / costs.seconds(count, forwards, rows)
         if rate > best[0]:
             best = rate, count

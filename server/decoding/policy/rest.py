@@ -33,10 +33,6 @@ class Rest:
         self._left -= 1
         return True
 
-    def end(self) -> None:
-        """Something has changed: the next step is to be asked, and what it decides may last."""
-        self._left = 0
-
     def settle(self, decisions: Sequence[Decision]) -> None:
         """What was decided, probes apart: how long to rest now."""
         lasting = all(not d.length and d.reason in _LASTING for d in decisions)
