@@ -45,10 +45,12 @@ class AdaptivePolicy:
         self._acceptances: dict[tuple[str, int], Acceptance] = {}
         self._probes = ProbeBudget()
         self._rest = Rest()
+        self._models_rest = False  # in the coming step
 
     def resting(self, histories: Sequence[History]) -> list[Decision] | None:
         """See ``Policy.resting``."""
-        if not self._rest.take(len(histories)):
+        self._models_rest = self._rest.take(len(histories))
+        if not (self._models_rest and self._rest.is_total):
             return None
         for history in histories:
             history.begin_step()
@@ -76,7 +78,8 @@ class AdaptivePolicy:
         ]
         for candidate, decision in zip(candidates, decisions, strict=True):
             candidate.history.reason = decision.reason
-        self._rest.settle(decisions)
+        if not self._models_rest:
+            self._rest.settle(decisions)
         self._probe(decisions, candidates, considered, batch)
         return decisions
 
@@ -107,6 +110,8 @@ class AdaptivePolicy:
         options = candidate.options if candidate.limit else []
         if not options:
             return _Considered(Pick(), None, "no_match" if candidate.limit else None)
+        if self._models_rest and not (options := [o for o in options if not o.by_model]):
+            return _Considered(Pick(), None, candidate.history.reason or "batch_cost")
         picks = [self._pick(candidate, o) for o in options if not _rests(o, candidate.history)]
         alone = [(batch.best_alone(pick, sharing), pick) for pick in picks if pick.gains]
         usable = [(at, pick) for at, pick in alone if not self._is_behind(candidate, pick, at, batch)]
@@ -141,7 +146,9 @@ class AdaptivePolicy:
         batch: BatchCosts,
     ) -> None:
         """Turn at most one decision not to draft into a block of one token."""
-        dearer = {by_model: batch.seconds(1, int(by_model), 1) - batch.seconds() for by_model in (False, True)}
+        dearer = {
+            by_model: batch.seconds(1, int(by_model), 1) - batch.seconds() for by_model in (False, True)
+        }
         wishes = [
             (dearer[one.probed.by_model] + self._behind_seconds(one.probed), i)
             for i, one in enumerate(considered)

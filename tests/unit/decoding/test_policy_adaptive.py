@@ -9,9 +9,10 @@ import pytest
 
 from paceline.server.decoding.policy import AdaptivePolicy, Candidate, Decision, History, Option, StepWork
 from paceline.server.decoding.policy.costs import StepCosts
+from paceline.server.decoding.policy.history import Reason
 from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget
-from paceline.server.decoding.policy.rest import Rest
+from paceline.server.decoding.policy.rest import LONGEST_REST_STEPS, Rest
 
 
 @dataclass
@@ -276,7 +277,7 @@ def test_a_crowd_in_which_nobody_drafts_is_asked_rarely() -> None:
     simulation.run(200)
     asked = simulation.asked
     decisions = simulation.run(400)
-    assert 400 // 17 <= simulation.asked - asked <= 30
+    assert 400 // 33 <= simulation.asked - asked <= 20
     reasons = [decision.reason for step in decisions for decision in step if not decision.length]
     assert set(reasons) <= {"batch_cost", "low_acceptance", "catch_up"}
 
@@ -287,16 +288,50 @@ def test_few_sequences_are_asked_in_every_step() -> None:
     assert simulation.asked == 100
 
 
-def test_a_crowd_is_asked_at_once_when_it_shrinks_drafts_or_lacks_a_match() -> None:
+def test_a_crowd_is_asked_at_once_when_it_shrinks_or_a_model_drafts() -> None:
     none = [Decision(reason="batch_cost")] * 16
     rest = Rest()
     for _ in range(5):
         rest.settle(none)
     assert [rest.take(n) for n in (16, 17, 13, 11, 16)] == [True, True, True, False, False]
-    for unrest in (Decision(1, Option("draft")), Decision(reason="no_match"), Decision(reason="no_room")):
-        rest.settle(none)
+    rest.settle(none)
+    rest.settle([*none[1:], Decision(1, Option("draft", by_model=True))])
+    assert not rest.take(16)
+
+
+def test_only_where_nobody_drafts_for_lasting_reasons_does_everything_rest() -> None:
+    none, rest = [Decision(reason="batch_cost")] * 16, Rest()
+    rest.settle(none)
+    assert rest.is_total
+    for unrest in (Decision(2, Option("ngram")), Decision(reason="no_match"), Decision(reason="no_room")):
         rest.settle([*none[1:], unrest])
-        assert not rest.take(16)
+        assert rest.take(16)
+        assert not rest.is_total
+
+
+def test_in_a_crowd_n_grams_are_tried_while_the_draft_model_rests() -> None:
+    simulation = Simulation(AdaptivePolicy(), {"draft": 0.1, "ngram": 0.9}, draft_cost=2.0, batch=16)
+    simulation.run(100)
+    late = [decision for step in simulation.run(200) for decision in step]
+    assert sum(decision.option == Option("ngram", strength=3) for decision in late) > 0.95 * len(late)
+
+
+def test_in_a_crowd_that_uses_no_draft_model_a_new_one_waits_for_the_end_of_the_rest() -> None:
+    simulation = Simulation(AdaptivePolicy(), {"draft": 0.02, "ngram": 0.9}, draft_cost=0.05, batch=16)
+    simulation.run(100)
+    policy, histories = simulation.policy, simulation.histories
+    hopeful, match = Option("other", by_model=True, missing=1), Option("ngram", strength=3)
+    waited: list[Reason | None] = []
+    while True:
+        assert policy.resting(histories) is None
+        matched = [Candidate(h, [match], 8, 100, 256) for h in histories[1:]]
+        first, *others = policy.decide([Candidate(histories[0], [hopeful], 8, 100, 256), *matched])
+        assert all(decision.option == match for decision in others)
+        if first.length:
+            break
+        waited.append(first.reason)
+    assert 1 <= len(waited) <= LONGEST_REST_STEPS
+    assert set(waited) == {"batch_cost"}
 
 
 def test_a_rest_grows_and_begins_anew() -> None:
@@ -306,6 +341,6 @@ def test_a_rest_grows_and_begins_anew() -> None:
         rest.settle(none)
         return list(iter(lambda: rest.take(8), False)).count(True)
 
-    assert [length() for _ in range(6)] == [1, 2, 4, 8, 16, 16]
-    rest.settle([*none[1:], Decision(2, Option("draft"))])
+    assert [length() for _ in range(7)] == [1, 2, 4, 8, 16, 32, 32]
+    rest.settle([*none[1:], Decision(2, Option("draft", by_model=True))])
     assert length() == 1
