@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 #: How long answers may still flow to clients once the engine has nothing left to do.
 FLUSH_SECONDS = 5
+#: How long an idle connection stays open: longer than clients (httpx: 5) and proxies (nginx: 60) keep theirs, so that
+#: the end that may still send a request is the one that closes.
+KEEP_ALIVE_SECONDS = 75
 #: How long the engine may take to stop before the process leaves without it.
 STOP_SECONDS = 10.0
 
@@ -123,7 +126,12 @@ class Supervisor(uvicorn.Server):
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, lifespan="on", ws="none", timeout_graceful_shutdown=FLUSH_SECONDS
+                app,
+                log_config=None,
+                lifespan="on",
+                ws="none",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=FLUSH_SECONDS,
             )
         )
         self.error: BaseException | None = None

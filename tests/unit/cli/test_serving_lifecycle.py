@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -225,3 +226,13 @@ def test_json_logs_are_one_object_per_line(start: Start) -> None:
     access = next(record for record in records if record.get("path") == "/health")
     assert (access["logger"], access["method"], access["status"]) == ("uvicorn.access", "GET", 200)
     assert "sesame" not in process.err
+
+
+def test_an_idle_connection_outlives_the_clients_own_patience(start: Start) -> None:
+    # httpx drops what was idle for 5 s: where both ends do so at the same moment, a request is lost between them.
+    address = httpx.URL(start().ready())
+    with closing(HTTPConnection(address.host, address.port, timeout=6.5)) as connection:
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        with pytest.raises(TimeoutError):
+            connection.sock.recv(1)  # empty where the server has closed
