@@ -35,6 +35,7 @@ from paceline.clients.workload import UsageError, read_prompts
 #: Committed results; used if the bench is run from a checkout.
 RESULTS = Path("kernels/bench/results")
 INTERRUPTED = "interrupted"
+_GGUF_MAGIC = b"GGUF"
 #: What --quick makes of a plan: no figures to quote, but every part has run.
 QUICK = {"rounds": 1, "max_tokens": 32, "requests": 2, "requests_per_stream": 1}
 
@@ -128,6 +129,16 @@ def store(record: dict[str, Any], out: Path | None, *, quick: bool) -> None:
     say(f"stored in {path}")
 
 
+def _gguf_file(path: Path) -> Path:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+                raise UsageError(f"--gguf {path}: not a GGUF file")
+    except OSError as error:
+        raise UsageError(f"--gguf {path}: {error.strerror or error}") from error
+    return path.resolve()
+
+
 def bench_peers(
     preset: Annotated[str, typer.Option(help="smollm2 or qwen-pair: model, draft, streams.")] = "smollm2",
     model: Annotated[
@@ -174,7 +185,7 @@ def bench_peers(
             requests_per_stream=chosen.requests_per_stream,
             prompts=read_prompts(prompts) if prompts else chosen.prompts,
             peers=bench_presets.peers(peers),
-            gguf=gguf.resolve() if gguf else None,
+            gguf=_gguf_file(gguf) if gguf else None,
             vllm_python=vllm_python.absolute() if vllm_python else None,
             llamacpp_q8_0=chosen.llamacpp_q8_0,
             transformers_dtypes=chosen.transformers_dtypes,

@@ -133,3 +133,19 @@ def test_bad_usage_and_a_model_that_cannot_be_had(
         run(tmp_path, model="nonsense")
     assert ended.value.exit_code == 1
     assert "paceline pull nonsense: paceline: no model called nonsense" in capsys.readouterr().err
+
+
+def test_a_gguf_file_that_is_none_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    wrong = tmp_path / "weights.gguf"
+    wrong.write_bytes(b"GGU")
+    for path, complaint in ((wrong, "not a GGUF file"), (tmp_path / "none.gguf", "No such file")):
+        with pytest.raises(typer.Exit) as ended:
+            run(tmp_path, gguf=path)
+        assert ended.value.exit_code == 2
+        assert f"--gguf {path}: {complaint}" in capsys.readouterr().err
+    assert not StubCast.plans
+    wrong.write_bytes(b"GGUF")
+    run(tmp_path, gguf=wrong)
+    assert StubCast.plans[0].gguf == wrong.resolve()
