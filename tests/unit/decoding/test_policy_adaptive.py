@@ -10,9 +10,8 @@ import pytest
 from paceline.server.decoding.policy import AdaptivePolicy, Candidate, Decision, History, Option, StepWork
 from paceline.server.decoding.policy.costs import StepCosts
 from paceline.server.decoding.policy.history import Reason
-from paceline.server.decoding.policy.lengths import LEAST_WIN, BatchCosts, Pick, best_lengths
 from paceline.server.decoding.policy.probes import ProbeBudget
-from paceline.server.decoding.policy.rest import LONGEST_REST_STEPS, Rest
+from paceline.server.decoding.policy.rest import LONGEST_REST_STEPS
 
 
 @dataclass
@@ -118,43 +117,6 @@ def test_the_length_is_as_good_as_the_best_one(alpha: float, draft_cost: float) 
     assert sum(rates[n] for n in lengths) / len(lengths) > 0.93 * rates[best]
     assert min(lengths) >= 0
     assert max(lengths) <= simulation.limit
-
-
-class _Known(StepCosts):
-    """Costs without measuring; a step in the target's makes them no line."""
-
-    def target_seconds(self, rows: int, context: float, *, drafting: bool) -> float:
-        return 1 + 0.03 * rows + (0.4 if rows > 5 else 0) + (0.3 if rows > 9 else 0)
-
-    def draft_seconds(self, forwards: float, rows: float, context: float) -> float:
-        return 0.12 * forwards + 0.015 * rows
-
-
-def test_lengths_of_a_batch_equal_brute_force() -> None:
-    rng = random.Random(11)
-    model, ngram = Option("draft", by_model=True, missing=1), Option("ngram", strength=2)
-    for _ in range(200):
-        picks = []
-        for option in rng.choices([model, ngram, None], k=3):
-            first, later = rng.uniform(0.05, 0.95), rng.uniform(0.3, 0.95)
-            limit = rng.randint(0, 4) if option else 0
-            picks.append(Pick(option, [first * later**j for j in range(limit)], rng.randint(1, 2)))
-        costs = BatchCosts(_Known(), [50] * 3)
-
-        def rate(lengths: Sequence[int], picks: list[Pick] = picks, costs: BatchCosts = costs) -> float:
-            drafts = [(n, p) for n, p in zip(lengths, picks, strict=True) if n and p.by_model]
-            forwards = max((n for n, _ in drafts), default=0)
-            rows = sum(n - 1 + p.first_rows for n, p in drafts)
-            tokens = 3 + sum(sum(p.gains[:n]) for n, p in zip(lengths, picks, strict=True))
-            return tokens / costs.seconds(sum(lengths), forwards, rows)
-
-        best = max(map(rate, itertools.product(*(range(len(p.gains) + 1) for p in picks))))
-        lengths, plain = best_lengths(picks, costs), rate([0, 0, 0])
-        # Tokens are taken by gain alone, whatever their rows in the draft cost.
-        if any(lengths):
-            assert rate(lengths) >= max(0.98 * best, LEAST_WIN * plain)
-        else:
-            assert 0.98 * best <= LEAST_WIN * plain
 
 
 def test_a_hopeless_draft_is_left_alone_and_costs_next_to_nothing() -> None:
@@ -288,27 +250,6 @@ def test_few_sequences_are_asked_in_every_step() -> None:
     assert simulation.asked == 100
 
 
-def test_a_crowd_is_asked_at_once_when_it_shrinks_or_a_model_drafts() -> None:
-    none = [Decision(reason="batch_cost")] * 16
-    rest = Rest()
-    for _ in range(5):
-        rest.settle(none)
-    assert [rest.take(n) for n in (16, 17, 13, 11, 16)] == [True, True, True, False, False]
-    rest.settle(none)
-    rest.settle([*none[1:], Decision(1, Option("draft", by_model=True))])
-    assert not rest.take(16)
-
-
-def test_only_where_nobody_drafts_for_lasting_reasons_does_everything_rest() -> None:
-    none, rest = [Decision(reason="batch_cost")] * 16, Rest()
-    rest.settle(none)
-    assert rest.is_total
-    for unrest in (Decision(2, Option("ngram")), Decision(reason="no_match"), Decision(reason="no_room")):
-        rest.settle([*none[1:], unrest])
-        assert rest.take(16)
-        assert not rest.is_total
-
-
 def test_in_a_crowd_n_grams_are_tried_while_the_draft_model_rests() -> None:
     simulation = Simulation(AdaptivePolicy(), {"draft": 0.1, "ngram": 0.9}, draft_cost=2.0, batch=16)
     simulation.run(100)
@@ -332,15 +273,3 @@ def test_in_a_crowd_that_uses_no_draft_model_a_new_one_waits_for_the_end_of_the_
         waited.append(first.reason)
     assert 1 <= len(waited) <= LONGEST_REST_STEPS
     assert set(waited) == {"batch_cost"}
-
-
-def test_a_rest_grows_and_begins_anew() -> None:
-    none, rest = [Decision(reason="low_acceptance")] * 8, Rest()
-
-    def length() -> int:
-        rest.settle(none)
-        return list(iter(lambda: rest.take(8), False)).count(True)
-
-    assert [length() for _ in range(7)] == [1, 2, 4, 8, 16, 32, 32]
-    rest.settle([*none[1:], Decision(2, Option("draft", by_model=True))])
-    assert length() == 1
