@@ -110,6 +110,7 @@ class AdaptivePolicy:
         options = candidate.options if candidate.limit else []
         if not options:
             return _Considered(Pick(), None, "no_match" if candidate.limit else None)
+        # Why its draft model rests was said when all were asked; whoever has come since shares the crowd's reason.
         if self._models_rest and not (options := [o for o in options if not o.by_model]):
             return _Considered(Pick(), None, candidate.history.reason or "batch_cost")
         picks = [self._pick(candidate, o) for o in options if not _rests(o, candidate.history)]

@@ -150,7 +150,10 @@ def _tokens(index: int, pick: Pick) -> Iterator[_Token]:
 
 
 def _most(tokens: Sequence[_Token], costs: BatchCosts) -> float:
-    """A rate that no choice of tokens exceeds: the likeliest, made by one draft forward, or none where n-grams are."""
+    """A rate that no choice of tokens exceeds, as long as more forwards and rows never cost less.
+
+    It is that of the likeliest tokens, made by one draft forward, or by none where n-grams are among them.
+    """
     forwards = int(all(token.draft_rows for token in tokens))
     expected = itertools.accumulate((token.gain for token in tokens), initial=float(costs.sequences))
     next(expected)
