@@ -81,6 +81,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "draft": plan.draft and Path(plan.draft).name,
         "rounds": plan.rounds,
         "max_tokens": plan.max_tokens,
+        "temperature": plan.temperature,
         "machine": {
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
@@ -159,6 +160,7 @@ def bench_peers(
     concurrency: Annotated[str | None, typer.Option(help="Streams at once, such as 1,4,16.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Every contender runs once per round.")] = 5,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer; none stops earlier.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests per level at least.")] = 4,
     prompts: Annotated[Path | None, typer.Option(help="For short prompts; as for `paceline bench`.")] = None,
     restart: Annotated[
@@ -182,6 +184,7 @@ def bench_peers(
             rounds=rounds,
             max_tokens=max_tokens,
             requests=num_prompts,
+            temperature=temperature,
             requests_per_stream=chosen.requests_per_stream,
             prompts=read_prompts(prompts) if prompts else chosen.prompts,
             peers=bench_presets.peers(peers),

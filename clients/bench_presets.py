@@ -77,6 +77,7 @@ class Plan:
         serve: `paceline serve` options of each server of ours.
         gguf: for llama.cpp, if ``model`` is no GGUF file.
         requests: per level at least.
+        temperature: of every request; 0 is greedy.
         vllm_python: interpreter of the environment that vLLM is installed in; None means it is not given.
     """
 
@@ -96,6 +97,7 @@ class Plan:
     llamacpp_q8_0: bool = True
     transformers_dtypes: Sequence[str] = ("bf16", "fp32")
     restart: bool = False
+    temperature: float = 0.0
 
     def count(self, level: ClosedLoop) -> int:
         """Requests of one level."""

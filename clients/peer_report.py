@@ -3,6 +3,9 @@
 Owns all figures, the ratios, the share of the roofline reached, the tables and the JSON rows. It must not know how
 contenders are run. Ratios pair the figures of one round; the median over rounds is shown. Prefill speed is prompt
 tokens over TTFT, at one stream only: with more, prompts wait for each other.
+
+How sure a ratio is says the standard error over *blocks* of rounds. A block has as many rounds as there are contenders,
+in which each has had each place in the order (A B, B A), so that a machine that slows down favours nobody.
 """
 
 import statistics
@@ -47,6 +50,14 @@ def prefill_speed(stats: LevelStats) -> float | None:
 COMPARED: Mapping[str, Figure] = {"output_tok_s": speed, "prefill_tok_s": prefill_speed}
 
 
+class Spread(NamedTuple):
+    """A ratio over ``blocks`` blocks of rounds: mean and its standard error."""
+
+    mean: float
+    standard_error: float
+    blocks: int
+
+
 @dataclass(slots=True)
 class Board:
     """Figures by key, one entry per round.
@@ -84,6 +95,24 @@ class Board:
         values = [(figure(a), figure(b)) for a, b in pairs]
         ratios = [a / b for a, b in values if a is not None and b]
         return round(statistics.median(ratios), 3) if ratios else None
+
+    def spread(self, mine: Key, its: Key, figure: Figure = speed) -> Spread | None:
+        """The ratio by blocks of rounds; None with fewer than two whole blocks, or where a round has no figure."""
+        pairs = [
+            (figure(a), figure(b))
+            for a, b in zip(self.figures.get(mine, []), self.figures.get(its, []), strict=False)
+        ]
+        size = len(self.families)
+        blocks = [pairs[at : at + size] for at in range(0, len(pairs) - size + 1, size)]
+        ratios = [
+            sum(a for a, _ in block if a) / sum(b for _, b in block if b)
+            for block in blocks
+            if all(a and b for a, b in block)
+        ]
+        if len(ratios) < max(len(blocks), 2):
+            return None
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        return Spread(round(statistics.mean(ratios), 4), round(error, 4), len(ratios))
 
     def rows(self) -> list[dict[str, Any]]:
         """One record per key, as the table and the JSON line show it."""
@@ -143,7 +172,15 @@ class Board:
         ratio = self.ratio(mine, best, figure)
         if ratio is None:
             return None
-        return {**mine._asdict(), "figure": name, "over": family, "best": best.contender, "ratio": ratio}
+        spread = self.spread(mine, best, figure)
+        return {
+            **mine._asdict(),
+            "figure": name,
+            "over": family,
+            "best": best.contender,
+            "ratio": ratio,
+            "spread": spread and spread._asdict(),
+        }
 
 
 def _cell(value: float | None, pattern: str = "{:.1f}") -> str:
@@ -182,11 +219,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def ratio_table(versus: Sequence[Mapping[str, Any]]) -> Table:
     """Ours over the best of each family, as ``Board.ours_over_best`` lists it."""
-    shown = Table(title="Ours over the best of each", caption="medians of the rounds' own ratios")
-    for name in ("prompts", "streams", "ours", "figure", "over", "ratio"):
-        shown.add_column(name, justify="right" if name in ("streams", "ratio") else "left")
+    shown = Table(
+        title="Ours over the best of each",
+        caption="ratio: median of the rounds' own ratios; mean: of blocks in which each had each place, +- its "
+        "standard error",
+    )
+    for name in ("prompts", "streams", "ours", "figure", "over", "ratio", "mean"):
+        shown.add_column(name, justify="right" if name in ("streams", "ratio", "mean") else "left")
     for record in versus:
         figure = record["figure"].removesuffix("_tok_s").replace("output", "tok/s")
         place = (record["scenario"], str(record["streams"]), record["contender"], figure)
-        shown.add_row(*place, record["best"], f"{record['ratio']:.2f}x")
+        spread = record["spread"]
+        mean = f"{spread['mean']:.3f} +- {spread['standard_error']:.3f}" if spread else "-"
+        shown.add_row(*place, record["best"], f"{record['ratio']:.2f}x", mean)
     return shown

@@ -61,7 +61,12 @@ def paceline_spec(model: Path, serve: Sequence[str], plan: Plan) -> Spec:
     weights = name.split()[1]
     size = read_weights(model).bytes_in(weights) if weights in BYTES_PER_WEIGHT else None
     argv = (*PACELINE, "serve", str(model), *shared, *given)
-    return Spec(name, OURS, argv, size, port=port, ready_path="/ready")
+    return Spec(name, OURS, argv, size, port=port, ready_path="/ready", fields=_fields(plan))
+
+
+def _fields(plan: Plan) -> dict[str, float]:
+    """Request fields of contenders with a server."""
+    return {"temperature": plan.temperature}
 
 
 def llamacpp_spec(gguf_file: Path, plan: Plan, draft: Path | None = None) -> Spec:
@@ -71,7 +76,8 @@ def llamacpp_spec(gguf_file: Path, plan: Plan, draft: Path | None = None) -> Spe
     argv = (*module, str(gguf_file), str(port), str(plan.slots), str(context_tokens(plan)))
     name = f"llama.cpp {quant_name(gguf_file)}{' + draft' if draft else ''}"
     size = float(read_weights(gguf_file).stored_bytes)
-    return Spec(name, "llama.cpp", (*argv, *([str(draft)] if draft else [])), size, port=port)
+    argv = (*argv, *([str(draft)] if draft else []))
+    return Spec(name, "llama.cpp", argv, size, port=port, fields=_fields(plan))
 
 
 def transformers_spec(folder: Path, dtype: str) -> Spec:
@@ -100,7 +106,7 @@ def vllm_spec(python: Path, folder: Path, plan: Plan) -> Spec:
         "PATH": f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
     size = read_weights(folder).bytes_in("bf16")
-    return Spec("vllm bf16", "vllm", argv, size, port=port, env=env)
+    return Spec("vllm bf16", "vllm", argv, size, port=port, env=env, fields=_fields(plan))
 
 
 def vllm_version(python: Path) -> str | None:
@@ -174,5 +180,7 @@ class Cast:
     def _transformers(self) -> list[Spec]:
         if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
             raise PeerError("not installed (pip install 'paceline[server]')")
+        if self._plan.temperature:
+            raise PeerError(f"measured greedily only, not at temperature {self._plan.temperature:g}")
         folder = hf_folder(self._model)
         return [transformers_spec(folder, dtype) for dtype in self._plan.transformers_dtypes]

@@ -147,7 +147,7 @@ class Contender(ABC):
 
     @abstractmethod
     async def ask(self, prompt: Prompt, max_tokens: int) -> Sample:
-        """One greedy request of exactly ``max_tokens`` tokens, measured; a failure is in the sample."""
+        """One request of exactly ``max_tokens`` tokens, measured; a failure is in the sample."""
 
 
 class HttpContender(Contender):

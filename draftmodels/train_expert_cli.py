@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from paceline.draftmodels.expert_finetune.recipe import load_recipe, recipe_keys, resumed_recipe
+from paceline.draftmodels.jobs.interrupts import interruptible
 from paceline.draftmodels.jobs.start import Wish, begin, pace, run_facts
 from paceline.server.config.flags import with_flags
 
@@ -35,7 +36,8 @@ def train_expert(
 
     wish = Wish("model", model, output, recipe, resume, flags, load_recipe, resumed_recipe)
     chosen, ranks = begin(wish, decided)
-    outcome = run_job(model, chosen, output, ranks)
+    with interruptible():
+        outcome = run_job(model, chosen, output, ranks)
     if ranks.is_main:
         typer.echo(json.dumps(_facts(outcome)) if as_json else _text(_facts(outcome)))
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from paceline.draftmodels.jobs.interrupts import interruptible
 from paceline.draftmodels.jobs.start import Wish, begin, pace, run_facts
 from paceline.draftmodels.sparse_finetune.recipe import load_recipe, recipe_keys, resumed_recipe
 from paceline.server.config.flags import with_flags
@@ -40,7 +41,8 @@ def train_sparse(
 
     wish = Wish("student", student, output, recipe, resume, flags, load_recipe, resumed_recipe)
     chosen, ranks = begin(wish, decided)
-    outcome = run_job(student, chosen, output, ranks)
+    with interruptible():
+        outcome = run_job(student, chosen, output, ranks)
     if ranks.is_main:
         typer.echo(json.dumps(_facts(outcome)) if as_json else _text(_facts(outcome)))
 

@@ -86,8 +86,10 @@ class RunningJob:
         torch.set_num_threads(threads)
 
         def interrupt(number: int, frame: FrameType | None) -> None:
-            if self._signalled:
-                raise KeyboardInterrupt  # a second time: at once, from the last checkpoint
+            if self._signalled:  # a second time: at once, from the last checkpoint
+                if callable(previous):
+                    previous(number, frame)
+                raise KeyboardInterrupt
             self._signalled = True
 
         previous = signal.signal(signal.SIGINT, interrupt)

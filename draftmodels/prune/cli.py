@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paceline.draftmodels.jobs.interrupts import interruptible
 from paceline.draftmodels.prune.config import recipe_from, recipe_keys
 from paceline.server.config.flags import with_flags
 
@@ -35,7 +36,8 @@ def sparsify(
     from paceline.server.log import configure_logging
 
     configure_logging("text")
-    outcome = prune(target, recipe, output, force=force)
+    with interruptible():
+        outcome = prune(target, recipe, output, force=force)
     typer.echo(json.dumps(_facts(target, recipe, outcome)) if as_json else _text(recipe, outcome))
 
 

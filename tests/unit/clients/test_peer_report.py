@@ -81,6 +81,36 @@ def test_ours_are_compared_with_the_best_of_each_family() -> None:
     }
 
 
+def test_the_spread_is_that_of_blocks_in_which_each_had_each_place() -> None:
+    # A machine that gets slower: whoever comes second in a round loses a tenth. Rounds are B A, A B, ...
+    ours, peer = [90, 90, 72, 72], [100, 81, 80, 64.8]
+    made = board(plain=[level(n) for n in (*ours, 1)], other=[level(int(10 * n)) for n in (*peer, 1)])
+    spread = made.spread(Key("plain", "short", 1), Key("other", "short", 1))
+    assert spread is not None
+    assert (spread.blocks, spread.mean, spread.standard_error) == (
+        2,
+        0.0994,
+        0.0,
+    )  # the fifth round has no partner
+    (record,) = [r for r in made.ours_over_best() if r["figure"] == "output_tok_s"]
+    assert record["spread"] == {"mean": 0.0994, "standard_error": 0.0, "blocks": 2}
+
+
+def test_the_spread_tells_how_far_blocks_are_apart() -> None:
+    made = board(plain=[level(n) for n in (100, 100, 110, 110, 120, 120)], other=[level(100)] * 6)
+    spread = made.spread(Key("plain", "short", 1), Key("other", "short", 1))
+    assert spread is not None
+    assert spread == (1.1, round(0.1 / 3**0.5, 4), 3)
+
+
+def test_no_spread_without_two_blocks_or_with_a_round_that_failed() -> None:
+    failed = summarize("1", [Sample(0.0, 1.0, error="refused")])
+    few = board(plain=[level(100)] * 3, other=[level(100)] * 3)
+    broken = board(plain=[level(100)] * 6, other=[*[level(100)] * 5, failed])
+    for made in (few, broken):
+        assert made.spread(Key("plain", "short", 1), Key("other", "short", 1)) is None
+
+
 def test_a_peer_without_answers_is_not_the_best_of_anything() -> None:
     failed = summarize("1", [Sample(0.0, 1.0, error="refused")])
     made = board(plain=[level(100)], llama_a=[failed], llama_b=[level(20)])

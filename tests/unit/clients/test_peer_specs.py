@@ -71,6 +71,13 @@ def test_streams_and_context_are_the_same_for_all() -> None:
     assert vllm.env["PATH"].startswith("/env/bin:")
 
 
+def test_all_are_asked_at_the_plans_temperature_or_not_at_all() -> None:
+    ours, peers, skipped = cast(temperature=0.7, vllm_python=Path("/env/bin/python"))
+    assert [spec.family for spec in peers] == ["llama.cpp", "llama.cpp", "vllm"]
+    assert [spec.fields for spec in (*ours, *peers)] == [{"temperature": 0.7}] * 4
+    assert skipped == ["transformers: measured greedily only, not at temperature 0.7"]
+
+
 def test_the_same_draft_for_ours_and_llamacpp() -> None:
     _, peers, skipped = cast(draft="small.gguf", llamacpp_q8_0=False, peers=["llama.cpp"])
     assert [spec.name for spec in peers] == ["llama.cpp Q4_1", "llama.cpp Q4_1 + draft"]

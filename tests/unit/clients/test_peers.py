@@ -106,6 +106,20 @@ def test_a_server_that_answers_nonsense_is_named() -> None:
         asyncio.run(start())
 
 
+def test_fields_of_a_spec_reach_the_server() -> None:
+    spec = http_spec()
+    code = spec.argv[2].replace('call.body["ignore_eos"] is True', 'call.body["temperature"] == 0.7')
+
+    async def ask(fields: dict[str, float]) -> Sample:
+        one = replace(spec, argv=(*spec.argv[:2], code, *spec.argv[3:]), fields=fields)
+        async with contender(one) as running:
+            return await running.ask(Prompt(text="Hi"), 2)
+
+    assert asyncio.run(ask({"temperature": 0.7})).error is None
+    with pytest.raises(PeerError):  # greedy by default; the stand-in takes nothing else than 0.7
+        asyncio.run(ask({}))
+
+
 def test_environment_variables_reach_the_contender() -> None:
     code = 'import os, sys; sys.exit("got " + os.environ["PEER_TEST"])'
 
