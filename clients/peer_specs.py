@@ -76,8 +76,8 @@ def llamacpp_spec(gguf_file: Path, plan: Plan, draft: Path | None = None) -> Spe
     argv = (*module, str(gguf_file), str(port), str(plan.slots), str(context_tokens(plan)))
     name = f"llama.cpp {quant_name(gguf_file)}{' + draft' if draft else ''}"
     size = float(read_weights(gguf_file).stored_bytes)
-    argv = (*argv, *([str(draft)] if draft else []))
-    return Spec(name, "llama.cpp", argv, size, port=port, fields=_fields(plan))
+    with_draft = (*argv, *([str(draft)] if draft else []))
+    return Spec(name, "llama.cpp", with_draft, size, port=port, fields=_fields(plan))
 
 
 def transformers_spec(folder: Path, dtype: str) -> Spec:

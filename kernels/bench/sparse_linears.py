@@ -1,6 +1,6 @@
 """Single linears, sparse beside dense, over real shapes: ``python -m paceline.kernels.bench.sparse_linears``.
 
-A table of shapes x sparsity x rows: the time, the share of the bandwidth ceiling of the format's own bytes, and where
+A table of shapes x pruning x rows: the time, the share of the bandwidth ceiling of the format's own bytes, and where
 sparse loses to dense. Each layer is repeated in memory until no cache holds it, so that weights come from where a whole
 model's come from. Checks against the reference first; prints JSON last. Exit codes as ``sparse_step``.
 """
@@ -20,11 +20,11 @@ import torch
 from paceline.kernels import reference
 from paceline.kernels.bench.ceiling import Reader
 from paceline.kernels.bench.record import CheckFailedError, described, say, store, times_ms
-from paceline.kernels.bench.sparse_shapes import LINEARS, random_linear, weight_bytes
+from paceline.kernels.bench.sparse_shapes import LINEARS, Pruned, random_linear, weight_bytes
 from paceline.kernels.cpu.library import KernelsMissing, Pool, linear_structs
-from paceline.kernels.formats import Format, PackedLinear
+from paceline.kernels.formats import Format, PackedLinear, Pattern
 
-SPARSITIES = (0.0, 0.25, 0.5, 0.6, 0.75, 0.9)
+CASES = (*map(Pruned, (0.0, 0.25, 0.5, 0.6, 0.75, 0.9)), Pruned(0.75, Pattern(16, 64)))
 ROWS = (1, 2, 4, 8, 16)
 #: Memory that one round of copies reads at least; above the last-level caches that we know of.
 _SPREAD_BYTES = 160 << 20
@@ -66,16 +66,16 @@ def time_layer(linear: PackedLinear, pool: Pool, repeats: int) -> dict[int, floa
 
 
 def measure(model: str, format: Format, pool: Pool, repeats: int, reader: Reader) -> Iterator[dict[str, Any]]:
-    """One entry per shape, sparsity and number of rows, printed as they come.
+    """One entry per shape, pruning and number of rows, printed as they come.
 
     Raises:
         CheckFailedError: see ``check``.
     """
     for out, width in LINEARS[model]:
         dense: dict[int, float] = {}
-        for sparsity in SPARSITIES:
-            check(random_linear(min(out, 300), width, sparsity, format, pool), pool)
-            linear = random_linear(out, width, sparsity, format, pool)
+        for case in CASES:
+            check(random_linear(min(out, 300), width, case, format, pool), pool)
+            linear = random_linear(out, width, case, format, pool)
             times = time_layer(linear, pool, repeats)
             reader.read(repeats=1)
             dense = dense or times
@@ -85,7 +85,8 @@ def measure(model: str, format: Format, pool: Pool, repeats: int, reader: Reader
                     "model": model,
                     "out": out,
                     "in": width,
-                    "sparsity": sparsity,
+                    "sparsity": case.sparsity,
+                    "pattern": str(case.pattern),
                     "rows": rows,
                     "ms": round(ms, 4),
                     "share": round(ceiling / ms, 3),
@@ -93,16 +94,16 @@ def measure(model: str, format: Format, pool: Pool, repeats: int, reader: Reader
                 }
                 for rows, ms in times.items()
             ]
-            _show(f"{out} x {width}", sparsity, entries)
+            _show(f"{out} x {width}", case, entries)
             yield from entries
 
 
-def _show(shape: str, sparsity: float, entries: list[dict[str, Any]]) -> None:
+def _show(shape: str, case: Pruned, entries: list[dict[str, Any]]) -> None:
     cells = []
     for entry in entries:
         mark = "-" if entry["over_dense"] < 1 else " "
         cells.append(f"{entry['ms']:8.3f} {entry['share']:4.0%} {entry['over_dense']:5.2f}x{mark}")
-    say(f"  {shape:>14} {sparsity:4.0%} " + "  ".join(cells))
+    say(f"  {shape:>14} {case!s:>9} " + "  ".join(cells))
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

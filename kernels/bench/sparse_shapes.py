@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from paceline.kernels.cpu.library import Pool
 from paceline.kernels.cpu.memory import compact
 from paceline.kernels.cpu.plan import DecoderPlan, LayerPlan
 from paceline.kernels.cpu.sparse import pack_sparse
-from paceline.kernels.formats import LANES, Format, PackedLinear
+from paceline.kernels.formats import LANES, Format, PackedLinear, Pattern
 
 #: Rows that are really drawn; wider layers repeat them, so that packing takes seconds.
 _DRAWN_ROWS = 256
@@ -23,15 +25,33 @@ LINEARS = {
 }
 
 
-def prune(plan: DecoderPlan, sparsity: float) -> DecoderPlan:
-    """The plan with a random share of every block's weights left out; all blocks get the first one's weights."""
-    first = plan.layers[0]
+class Pruned(NamedTuple):
+    """How much is left out, and where: the density of an n:m pattern is 1 - ``sparsity``."""
+
+    sparsity: float
+    pattern: Pattern = Pattern()
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.0%}{f' {self.pattern}' if self.pattern.structured else ''}"
+
+    def draw(self, out: int, width: int) -> Tensor:
+        """What a random weight keeps, bool [out, width]."""
+        n, m = self.pattern.n, self.pattern.m
+        if not m:
+            return torch.rand(out, width) >= self.sparsity
+        kept = torch.rand(out, -(-width // m), m).argsort(-1) < n
+        return kept.view(out, -1)[:, :width]
+
+
+def prune(plan: DecoderPlan, pruned: Pruned) -> DecoderPlan:
+    """The plan with random weights of every block left out; all blocks get the first one's weights."""
+    first, cut = plan.layers[0], partial(_cut, pruned=pruned)
     sparse = replace(
         first,
-        qkv=_pruned(first.qkv, sparsity),
-        output=_pruned(first.output, sparsity),
-        gate_up=_pruned(first.gate_up, sparsity),
-        down=_pruned(first.down, sparsity),
+        qkv=cut(first.qkv),
+        output=cut(first.output),
+        gate_up=cut(first.gate_up),
+        down=cut(first.down),
     )
     return compact(replace(plan, layers=(sparse,) * len(plan.layers)))
 
@@ -45,12 +65,12 @@ def blocks_of(plan: DecoderPlan) -> list[PackedLinear]:
     return [linear for layer in plan.layers for linear in of(layer)]
 
 
-def random_linear(out: int, width: int, sparsity: float, format: Format, pool: Pool) -> PackedLinear:
-    """A linear of random weights; dense where ``sparsity`` is 0."""
+def random_linear(out: int, width: int, pruned: Pruned, format: Format, pool: Pool) -> PackedLinear:
+    """A linear of random weights; dense where nothing is pruned."""
     rows = min(out, _DRAWN_ROWS)
     weight = torch.randn(rows, width)
-    kept = torch.rand(rows, width) >= sparsity
-    drawn = pack_sparse(weight * kept, kept, format) if sparsity else pool.pack(weight, format)
+    kept = pruned.draw(rows, width)
+    drawn = pack_sparse(weight * kept, kept, format) if pruned.sparsity else pool.pack(weight, format)
     return _repeated(drawn, out)
 
 
@@ -63,9 +83,9 @@ def _tile_bytes(linear: PackedLinear) -> int:
     return len(linear.data) if linear.tile_starts is None else int(linear.tile_starts[-1])
 
 
-def _pruned(linear: PackedLinear, sparsity: float) -> PackedLinear:
+def _cut(linear: PackedLinear, pruned: Pruned) -> PackedLinear:
     weight = linear.unpack()
-    kept = torch.rand(weight.shape) >= sparsity
+    kept = pruned.draw(*weight.shape)
     bias = None if linear.bias is None else linear.bias[: linear.out_features]
     return pack_sparse(weight * kept, kept, linear.format, bias=bias)
 

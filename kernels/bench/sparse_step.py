@@ -21,12 +21,12 @@ from paceline.kernels.bench.ceiling import Reader
 from paceline.kernels.bench.decode_step import Case, check_linears, check_rows, run_case
 from paceline.kernels.bench.record import CheckFailedError, described, say, store, times_ms
 from paceline.kernels.bench.shapes import SHAPES, executor, random_plan
-from paceline.kernels.bench.sparse_shapes import blocks_of, prune, weight_bytes
+from paceline.kernels.bench.sparse_shapes import Pruned, blocks_of, prune, weight_bytes
 from paceline.kernels.cpu.library import KernelsMissing, Pool, linear_structs
 from paceline.kernels.cpu.plan import DecoderPlan
-from paceline.kernels.formats import Format
+from paceline.kernels.formats import Format, Pattern
 
-SPARSITIES = (0.0, 0.5, 0.75)
+CASES = (Pruned(0.0), Pruned(0.5), Pruned(0.75), Pruned(0.75, Pattern(16, 64)))
 ROWS = (1, 5, 8)
 _BLOCKS = 1024
 _PER_ROUND = 5
@@ -56,58 +56,59 @@ class Contender:
         run_case(self.model, Case(f"1x{rows}", 1, rows))
 
 
-def time_all(contenders: dict[float, Contender], reader: Reader, rounds: int) -> dict[Any, float]:
-    """Median milliseconds by (what, sparsity, rows); each round takes the rows in another order."""
+def time_all(contenders: dict[Pruned, Contender], reader: Reader, rounds: int) -> dict[Any, float]:
+    """Median milliseconds by (what, pruned, rows); each round takes the rows in another order."""
     times: dict[Any, list[float]] = defaultdict(list)
     order = random.Random(0)
     for _ in range(rounds):
         reader.read(repeats=_WARM + 1)  # with caches as warm as a contender's
         for rows in order.sample(ROWS, len(ROWS)):
             for what in ("linears", "step"):
-                for sparsity, contender in contenders.items():
+                for pruned, contender in contenders.items():
                     run = partial(getattr(contender, what), rows)
                     times_ms(run, _WARM)
-                    times[what, sparsity, rows] += times_ms(run, _PER_ROUND)
+                    times[what, pruned, rows] += times_ms(run, _PER_ROUND)
     return {key: statistics.median(values) for key, values in times.items()}
 
 
 def measure(name: str, format: Format, pool: Pool, rounds: int) -> list[dict[str, Any]]:
-    """Checks and timings of one model, told as they come; returns one entry per sparsity and number of rows.
+    """Checks and timings of one model, told as they come; returns one entry per pruning and number of rows.
 
     Raises:
         CheckFailedError: see the checks.
     """
     dense = random_plan(SHAPES[name], format, pool)
-    plans = {s: prune(dense, s) if s else dense for s in SPARSITIES}
-    contenders = {s: Contender(plan, pool) for s, plan in plans.items()}
+    plans = {case: prune(dense, case) if case.sparsity else dense for case in CASES}
+    contenders = {case: Contender(plan, pool) for case, plan in plans.items()}
     reader = Reader(pool, dense.bytes_per_forward)
     reader.read(repeats=7)
     say(f"{name} {format}: memory is read at {reader.bytes_per_s / 1e9:.1f} GB/s")
-    for sparsity, plan in plans.items():
-        error, rows = check_linears(plan, pool), check_rows(contenders[sparsity].model)
-        say(f"  {sparsity:4.0%} checked: linears within {error:.1e} of the reference, {rows} rows as alone")
+    for case, plan in plans.items():
+        error, rows = check_linears(plan, pool), check_rows(contenders[case].model)
+        say(f"  {case!s:>9} checked: linears within {error:.1e} of the reference, {rows} rows as alone")
     times = time_all(contenders, reader, rounds)
     bandwidth = reader.bytes_per_s
     say(f"  ceilings at {bandwidth / 1e9:.1f} GB/s, the best of all rounds")
     say(
-        f"  {'sparsity':>8} {'rows':>4} {'linears':>9} {'ceiling':>9} {'share':>6} {'step':>9} {'to dense':>8}"
+        f"  {'sparsity':>9} {'rows':>4} {'linears':>9} {'ceiling':>9} {'share':>6} {'step':>9} {'to dense':>8}"
     )
-    return [_entry(s, rows, contenders[s], times, bandwidth) for rows in ROWS for s in SPARSITIES]
+    return [_entry(case, rows, contenders[case], times, bandwidth) for rows in ROWS for case in CASES]
 
 
 def _entry(
-    sparsity: float, rows: int, contender: Contender, times: dict[Any, float], bandwidth: float
+    case: Pruned, rows: int, contender: Contender, times: dict[Any, float], bandwidth: float
 ) -> dict[str, Any]:
-    """Print and return the figures of one sparsity and number of rows."""
-    linears, step = times["linears", sparsity, rows], times["step", sparsity, rows]
+    """Print and return the figures of one pruning and number of rows."""
+    linears, step = times["linears", case, rows], times["step", case, rows]
     ceiling = contender.linear_bytes / bandwidth * 1e3
-    ratio = times["step", 0.0, rows] / step
+    ratio = times["step", CASES[0], rows] / step
     say(
-        f"  {sparsity:8.0%} {rows:4} {linears:6.2f} ms {ceiling:6.2f} ms {ceiling / linears:6.0%} {step:6.2f} ms"
+        f"  {case!s:>9} {rows:4} {linears:6.2f} ms {ceiling:6.2f} ms {ceiling / linears:6.0%} {step:6.2f} ms"
         f" {ratio:7.2f}x"
     )
     return {
-        "sparsity": sparsity,
+        "sparsity": case.sparsity,
+        "pattern": str(case.pattern),
         "rows": rows,
         "linears_ms": round(linears, 3),
         "linears_bytes": contender.linear_bytes,

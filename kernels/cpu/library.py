@@ -22,7 +22,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 8
+ABI_VERSION = 9
 Isa = Literal["portable", "avx2", "avx512", "amx"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -36,6 +36,7 @@ class LinearStruct(ctypes.Structure):
     _fields_ = (
         *((name, I32) for name in ("format", "out", "in_", "in_padded")),
         *((name, PTR) for name in ("data", "tile_starts", "scale", "bias")),
+        ("picks", I32),
     )
 
 
@@ -235,6 +236,7 @@ def linear_struct(layer: PackedLinear) -> LinearStruct:
         pointer(layer.tile_starts),
         pointer(layer.scale),
         pointer(layer.bias),
+        layer.picks,
     )
 
 

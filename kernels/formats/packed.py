@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from paceline.kernels.formats.cpu_picks import unpick
 from paceline.kernels.formats.cpu_tiles import TAIL_BYTES, VECTORS, expand
 
 Format = Literal["fp32", "bf16", "int8"]
@@ -38,7 +39,7 @@ def sparse_padding(format: Format) -> int:
 def packed_bytes(out: int, width: int, format: Format, *, bias: bool = False, kept: float = 1.0) -> int:
     """``PackedLinear.num_bytes`` of a linear that need not exist, from its shape alone.
 
-    Exact for dense weights; for sparse ones exact if ``kept`` x out x width is a whole number of values.
+    Exact for dense weights; for sparse ones with masks exact if ``kept`` x out x width is a whole number of values.
 
     Args:
         width: inputs.
@@ -63,6 +64,7 @@ class PackedLinear:
         bias: fp32 [padded out] or None.
         tile_starts: of a sparse weight, the bytes from ``data`` to each tile and to the end, int64 [tiles + 1]; None is
             a dense one.
+        picks: weights that each row keeps of every 64 inputs, if they are stored with the inputs' numbers; else 0.
     """
 
     format: Format
@@ -72,6 +74,7 @@ class PackedLinear:
     scale: Tensor | None = None
     bias: Tensor | None = None
     tile_starts: Tensor | None = None
+    picks: int = 0
 
     @property
     def in_padded(self) -> int:
@@ -94,6 +97,8 @@ class PackedLinear:
 
     def stored(self) -> Tensor:
         """The values as stored, in ``in_padded`` columns: [out, in padded] in fp32, bf16 or (int8) int16."""
+        if self.picks:
+            return unpick(self.data, self.picks, self.in_padded)[: self.out_features]
         per_lane, element = PER_LANE[self.format], _ELEMENT[self.format]
         tiles, vectors = padded(self.out_features, LANES) // LANES, self.in_padded // per_lane
         if self.tile_starts is None:

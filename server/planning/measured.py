@@ -14,7 +14,7 @@ from typing import NamedTuple
 from paceline.kernels.bench.ceiling import Reader
 from paceline.kernels.bench.record import times_ms
 from paceline.kernels.bench.shapes import BLOCK_TOKENS, KV_DTYPE, Shape, executor, random_plan
-from paceline.kernels.bench.sparse_shapes import prune
+from paceline.kernels.bench.sparse_shapes import Pruned, prune
 from paceline.kernels.cpu.executor import Executor
 from paceline.kernels.cpu.library import KernelsMissing, Pool
 from paceline.kernels.cpu.plan import DecoderPlan
@@ -177,7 +177,7 @@ def _probe(config: ModelConfig, format: Format, sparsity: float, pool: Pool) -> 
         format,
         pool,
     )
-    return prune(plan, sparsity) if sparsity and format != "fp32" else plan
+    return prune(plan, Pruned(sparsity)) if sparsity and format != "fp32" else plan
 
 
 def _blocks(rows: int, context: int) -> int:

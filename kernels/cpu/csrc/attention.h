@@ -141,7 +141,8 @@ static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
     const int first = first_tile * PL_LANES, end = last + 1, dim = kv.head_dim;
     if (dim < 16) return weigh_narrow<T, R>(kv, in, first, end, scores);
     int d = 0;
-    for (; d + 64 <= dim; d += 64) weigh_values<T, R, 4>(kv, in, first, end, scores, d);
+    constexpr int kWide = R > 4 ? 2 : 4;  // vectors at once, so that R sums of each fit into registers
+    for (; d + 16 * kWide <= dim; d += 16 * kWide) weigh_values<T, R, kWide>(kv, in, first, end, scores, d);
     for (; d + 16 <= dim; d += 16) weigh_values<T, R, 1>(kv, in, first, end, scores, d);
     // A rest is covered by a last vector that ends with the head and computes some dimensions again, equally.
     if (d < dim) weigh_values<T, R, 1>(kv, in, first, end, scores, dim - 16);
@@ -149,10 +150,10 @@ static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
 
 template <typename T>
 PL_INLINE void attend_any(const KvLayer &kv, const Queries &in, float *scratch) {
-    if (in.rows == 4) attend_rows<T, 4>(kv, in, scratch);
-    else if (in.rows == 3) attend_rows<T, 3>(kv, in, scratch);
-    else if (in.rows == 2) attend_rows<T, 2>(kv, in, scratch);
-    else attend_rows<T, 1>(kv, in, scratch);
+    static constexpr void (*kOfRows[PL_MAX_QUERIES])(const KvLayer &, const Queries &, float *) = {
+        attend_rows<T, 1>, attend_rows<T, 2>, attend_rows<T, 3>, attend_rows<T, 4>,
+        attend_rows<T, 5>, attend_rows<T, 6>, attend_rows<T, 7>, attend_rows<T, 8>};
+    kOfRows[in.rows - 1](kv, in, scratch);
 }
 
 static void attend(const KvLayer &kv, const Queries &in, float *scratch) {

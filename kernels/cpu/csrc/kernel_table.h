@@ -3,7 +3,7 @@
 #pragma once
 #include "paceline_cpu.h"
 
-#define PL_MAX_QUERIES 4
+#define PL_MAX_QUERIES 8
 #define PL_SUM_CHUNK 512  // a multiple of 16
 
 // Rows as a linear layer reads them. int8: values in [-127, 127], one scale and one correction (-128 * sum of the

@@ -15,7 +15,8 @@ namespace PL_ISA_NS {
 
 static constexpr int kGroupBytes = PL_GROUP * PL_LANES, kMostRows = 16;
 // From how many rows on the matrix unit is faster than VNNI, which takes up to eight rows with one pass over the weights:
-// dense passes of so few rows wait for memory, and sparse ones for the expansion (figures: DESIGN.md, 2026-11-30).
+// dense passes of so few rows wait for memory, and sparse ones for the expansion (figures: DESIGN.md, 2026-11-30). Picked
+// weights are never expanded.
 static constexpr int kFewestRows = 9;
 
 // The groups of a dense tile, one after another.
@@ -119,7 +120,7 @@ using namespace PL_ISA_NS;
 
 void amx_linear_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int begin, int end, int next) {
     if (l.format != PL_INT8) return kAvx512Kernels.linear_tiles(l, x, out, rows, begin, end, next);
-    if (rows < kFewestRows) return linear_tiles(l, x, out, rows, begin, end, next);
+    if (rows < kFewestRows || l.picks) return linear_tiles(l, x, out, rows, begin, end, next);
     for (int row = 0; row < rows;) {
         const int left = rows - row, blocks = (left + kMostRows - 1) / kMostRows, take = (left + blocks - 1) / blocks;
         rows_of_claim(l, x, out, take, row, begin, end);

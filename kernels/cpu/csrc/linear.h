@@ -149,10 +149,10 @@ PL_INLINE void dense_tiles(const pl_linear &l, const Input &x, const Output &out
 }
 
 // Up to kSparseRowsOfTwo rows take two tiles; one row only where little is left of the weights, as otherwise what it waits
-// for is their memory, and one stream of that is enough.
+// for is their memory, and one stream of that is enough. Picked weights always wait for it.
 PL_INLINE void sparse_tiles(const pl_linear &l, const Input &x, const Output &out, int rows, int pair, int &tile, int end) {
     if constexpr (kSparseRowsOfTwo > 0)
-        if (rows <= kSparseRowsOfTwo && (rows > 1 || is_thin(l)))
+        if (!l.picks && rows <= kSparseRowsOfTwo && (rows > 1 || is_thin(l)))
             runs_of_tiles<2, kSparseRowsOfTwo>(l, x, out, rows, 2, tile, end, end);
     runs_of_tiles<1, kManyRows>(l, x, out, rows, pair, tile, end, end);
 }

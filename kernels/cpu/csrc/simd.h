@@ -53,6 +53,7 @@ PL_INLINE F second_of(W2 w) {
 PL_INLINE I set1i(int32_t x) { return {_mm512_set1_epi32(x)}; }
 PL_INLINE I load(const int32_t *p) { return {_mm512_loadu_si512(p)}; }
 PL_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+PL_INLINE I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 PL_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PL_INLINE I round_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 PL_INLINE void store_int8(int8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a.v)); }
@@ -83,6 +84,18 @@ PL_INLINE I dot4(I acc, W4 w, const int8_t *inputs) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t *)inputs));
     return acc;
 }
+// A group of 64 inputs to pick from; 16 rows x 4 weights (int8) with the numbers of their inputs in the group.
+struct X64 { __m512i v; };  // + 128 as uint8
+struct Picks { X4 weights; __m512i from; };
+PL_INLINE X64 load_group(const int8_t *p) {
+    return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+}
+PL_INLINE Picks load_picks(const uint8_t *p) { return {{_mm512_loadu_si512(p)}, _mm512_loadu_si512(p + 64)}; }
+// acc[row] += sum_i w[row][i] * x[from[row][i]], and for each 128 * w, which `dot_offset` adds up alone.
+PL_INLINE I dot_picked(I acc, Picks w, X64 x) {
+    return dot4(acc, W4{_mm512_permutexvar_epi8(w.from, x.v)}, w.weights);
+}
+PL_INLINE I dot_offset(I acc, Picks w) { return dot4(acc, W4{_mm512_set1_epi8(-128)}, w.weights); }
 PL_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif defined(PL_USE_AVX2)
@@ -158,6 +171,10 @@ PL_INLINE F second_of(W2 w) {
 }
 PL_INLINE I set1i(int32_t x) { __m256i v = _mm256_set1_epi32(x); return {v, v}; }
 PL_INLINE I add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+PL_INLINE I sub(I a, I b) { return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)}; }
+PL_INLINE I load(const int32_t *p) {
+    return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 8))};
+}
 PL_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 PL_INLINE I round_int(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 PL_INLINE void store_int8(int8_t *p, I a) {
@@ -255,6 +272,8 @@ PL_INLINE F first_of(W2 w) { F r; PL_EACH r.v[i] = widen_bf16(w.v[2 * i]); retur
 PL_INLINE F second_of(W2 w) { F r; PL_EACH r.v[i] = widen_bf16(w.v[2 * i + 1]); return r; }
 PL_INLINE I set1i(int32_t x) { I r; PL_EACH r.v[i] = x; return r; }
 PL_INLINE I add(I a, I b) { PL_EACH a.v[i] += b.v[i]; return a; }
+PL_INLINE I sub(I a, I b) { PL_EACH a.v[i] -= b.v[i]; return a; }
+PL_INLINE I load(const int32_t *p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
 PL_INLINE F to_float(I a) { F r; PL_EACH r.v[i] = (float)a.v[i]; return r; }
 PL_INLINE I round_int(F a) { I r; PL_EACH r.v[i] = (int32_t)std::lrintf(a.v[i]); return r; }
 PL_INLINE void store_int8(int8_t *p, I a) { PL_EACH p[i] = (int8_t)a.v[i]; }
@@ -284,6 +303,20 @@ PL_INLINE I dot4(I acc, W4 w, const int8_t *inputs) { return dot4(acc, w, load_i
 PL_INLINE void prefetch(const void *) {}
 #undef PL_EACH
 
+#endif
+
+#if !defined(PL_USE_AVX512)
+// Picking, see above, without an instruction for it: no offset, so that there is nothing to correct.
+struct X64 { const int8_t *p; };
+struct Picks { const uint8_t *p; };
+PL_INLINE X64 load_group(const int8_t *p) { return {p}; }
+PL_INLINE Picks load_picks(const uint8_t *p) { return {p}; }
+PL_INLINE I dot_picked(I acc, Picks w, X64 x) {
+    int32_t sums[16] = {};
+    for (int i = 0; i < 64; i++) sums[i / 4] += (int8_t)w.p[i] * x.p[w.p[64 + i] % 64];
+    return add(acc, load(sums));
+}
+PL_INLINE I dot_offset(I acc, Picks) { return acc; }
 #endif
 
 // e^x by range reduction to |r| <= ln(2)/2 and a degree-6 polynomial; below -87 it is 0 (so masked scores vanish).

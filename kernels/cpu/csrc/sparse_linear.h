@@ -8,6 +8,8 @@
 
 namespace PL_ISA_NS {
 
+static constexpr int kPickedBytes = 128;  // weights of 16 rows x 4, and where their inputs are
+
 template <int R, int T>
 PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
     const int groups = l.in_padded / PL_GROUP;
@@ -35,6 +37,31 @@ PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row
             }
         }
         products.take_up(x, row, groups, g, sum);
+    }
+}
+
+// Weights that come with the numbers of their inputs: inputs are picked, 64 by one operation, instead of weights expanded.
+template <int T>
+PL_INLINE void picked_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[1][T]) {
+    const int groups = l.in_padded / PL_GROUP, vectors = l.picks / 4;
+    const uint8_t *at = (const uint8_t *)l.data + l.tile_starts[tile];
+    for (int g = 0; g < groups; g++) {
+        X64 inputs[T];
+        I dot[T], offset = set1i(0);
+        for (int t = 0; t < T; t++) {
+            inputs[t] = load_group(x.int8 + (int64_t)(row + t) * l.in_padded + g * PL_GROUP);
+            dot[t] = set1i(0);
+        }
+        for (int v = 0; v < vectors; v++, at += kPickedBytes) {
+            for (int i = 0; i < kPickedBytes; i += 64) prefetch(at + kSparsePrefetchBytes + i);
+            const Picks weights = load_picks(at);
+            offset = dot_offset(offset, weights);
+            for (int t = 0; t < T; t++) dot[t] = dot_picked(dot[t], weights, inputs[t]);
+        }
+        for (int t = 0; t < T; t++) {
+            const F scale = set1(x.scales[(int64_t)(row + t) * groups + g]);
+            sum[0][t] = fma(to_float(sub(dot[t], offset)), scale, sum[0][t]);
+        }
     }
 }
 
@@ -74,6 +101,8 @@ template <int R, int T>
 PL_INLINE void sums_sparse(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) sum[r][t] = set1(0.0f);
+    if constexpr (R == 1)
+        if (l.picks) return picked_int8<T>(l, x, tile, row, sum);
     if (kOnlyInt8 || l.format == PL_INT8) return sparse_int8<R, T>(l, x, tile, row, sum);
     if constexpr (R == 1 && !kOnlyInt8) {
         if (l.format == PL_BF16) sparse_bf16<T>(l, x, tile, row, sum);

@@ -10,8 +10,9 @@ from native_kernels import require_native
 from paceline.kernels import reference
 from paceline.kernels.bench import sparse_linears, sparse_step
 from paceline.kernels.bench.shapes import Shape, random_plan
-from paceline.kernels.bench.sparse_shapes import blocks_of, prune, random_linear, weight_bytes
+from paceline.kernels.bench.sparse_shapes import Pruned, blocks_of, prune, random_linear, weight_bytes
 from paceline.kernels.cpu.library import Pool
+from paceline.kernels.formats import Pattern
 
 SMALL = Shape(2, 128, 192, 4, 2, 32, 1400, qkv_bias=True)
 
@@ -33,17 +34,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pruned_plan_reads_as_many_bytes_as_its_sparsity_leaves(pool: Pool) -> None:
     dense = random_plan(SMALL, "int8", pool)
-    sparse = prune(dense, 0.75)
+    sparse = prune(dense, Pruned(0.75))
     share = weight_bytes(blocks_of(sparse)) / weight_bytes(blocks_of(dense))
     assert share == pytest.approx(0.25 + 1 / 8, abs=0.01)
     assert sparse.layers[0].qkv.bias is not None
     assert sparse.head.tile_starts is None
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+@pytest.mark.parametrize("pruned", [Pruned(0.0), Pruned(0.5), Pruned(0.75, Pattern(16, 64))])
 @pytest.mark.parametrize("out", [40, 256, 600])
-def test_repeated_rows_are_a_layer_like_any_other(pool: Pool, sparsity: float, out: int) -> None:
-    linear = random_linear(out, 128, sparsity, "int8", pool)
+def test_repeated_rows_are_a_layer_like_any_other(pool: Pool, pruned: Pruned, out: int) -> None:
+    linear = random_linear(out, 128, pruned, "int8", pool)
     x = torch.randn(3, 128)
     assert linear.out_features == out
     assert torch.allclose(pool.linear(x, linear), reference.linear(x, linear), rtol=1e-4, atol=1e-4)
@@ -58,9 +59,11 @@ def test_the_record_holds_every_cell(bench, tmp_path: Path, capsys: pytest.Captu
     assert bench.main(["--quick", "--threads", "1", "--out", str(out)]) == 0
     record = json.loads(out.read_text(encoding="utf-8"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
-    expected = 9 if bench is sparse_step else 2 * 6 * 5
+    expected = 4 * 3 if bench is sparse_step else 2 * 7 * 5
     assert len(record["entries"]) == expected
-    assert {e["sparsity"] for e in record["entries"]} == set(bench.SPARSITIES)
+    assert {(e["sparsity"], e["pattern"]) for e in record["entries"]} == {
+        (case.sparsity, str(case.pattern)) for case in bench.CASES
+    }
 
 
 @pytest.mark.usefixtures("small")
