@@ -17,6 +17,8 @@ _PER_LANE = 4
 MOST_PICKS = 16
 #: Picked weights may take so much more than masks and values: a third at 16 of 64, and room for rows of padding.
 _MOST_MORE = 1.5
+#: Whole tiles; sorting takes nine bytes for every weight.
+_ROWS_AT_ONCE = 64
 
 
 def picks_for(kept: Tensor) -> int:
@@ -46,12 +48,10 @@ def pick(values: Tensor, kept: Tensor, picks: int) -> tuple[Tensor, Tensor]:
         uint8 [bytes], and where each tile begins in it, int64 [tiles + 1].
     """
     rows, width = values.shape
-    groups = kept.view(rows, -1, _GROUP)
-    numbers = torch.sort((~groups).to(torch.uint8), dim=-1, stable=True).indices[..., :picks]
-    weights = torch.where(groups, values.view(rows, -1, _GROUP), 0).gather(-1, numbers).to(torch.int8)
-    pairs = torch.stack([_lanes(weights.view(torch.uint8)), _lanes(numbers.to(torch.uint8))], dim=3)
     starts = torch.arange(rows // _LANES + 1) * (2 * picks * _LANES * (width // _GROUP))
-    return torch.cat([pairs.flatten(), torch.zeros(TAIL_BYTES, dtype=torch.uint8)]), starts
+    parts = zip(values.split(_ROWS_AT_ONCE), kept.split(_ROWS_AT_ONCE), strict=True)
+    tiles = [_pairs(some, mask, picks) for some, mask in parts]
+    return torch.cat([*tiles, torch.zeros(TAIL_BYTES, dtype=torch.uint8)]), starts
 
 
 def unpick(data: Tensor, picks: int, width: int) -> Tensor:
@@ -62,6 +62,14 @@ def unpick(data: Tensor, picks: int, width: int) -> Tensor:
     rows = torch.zeros(len(weights), groups, _GROUP, dtype=torch.int16)
     rows.scatter_(-1, numbers.long(), weights.contiguous().view(torch.int8).to(torch.int16))
     return rows.view(-1, width)
+
+
+def _pairs(values: Tensor, kept: Tensor, picks: int) -> Tensor:
+    """Whole tiles, as bytes."""
+    groups = kept.view(len(kept), -1, _GROUP)
+    numbers = torch.sort((~groups).to(torch.uint8), dim=-1, stable=True).indices[..., :picks]
+    weights = torch.where(groups, values.view(len(kept), -1, _GROUP), 0).gather(-1, numbers).to(torch.int8)
+    return torch.stack([_lanes(weights.view(torch.uint8)), _lanes(numbers.to(torch.uint8))], dim=3).flatten()
 
 
 def _counts(kept: Tensor) -> Tensor:
