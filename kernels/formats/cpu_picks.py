@@ -49,7 +49,7 @@ def pick(values: Tensor, kept: Tensor, picks: int) -> tuple[Tensor, Tensor]:
     """
     rows, width = values.shape
     starts = torch.arange(rows // _LANES + 1) * (2 * picks * _LANES * (width // _GROUP))
-    parts = zip(values.split(_ROWS_AT_ONCE), kept.split(_ROWS_AT_ONCE), strict=True)
+    parts = zip(torch.split(values, _ROWS_AT_ONCE), torch.split(kept, _ROWS_AT_ONCE), strict=True)
     tiles = [_pairs(some, mask, picks) for some, mask in parts]
     return torch.cat([*tiles, torch.zeros(TAIL_BYTES, dtype=torch.uint8)]), starts
 
