@@ -41,6 +41,9 @@ class Recipe:
     block_from: str | None = key_field(
         "Target layer that a feature draft's first block starts from, such as 28.", None, none_word="random"
     )
+    join_from: Literal["state", "random"] = key_field(
+        "What a feature draft's joining matrix starts as: one that passes the target's state on, or random.", "state"
+    )
     draft_vocab: int | None = key_field(
         "Ids that the draft proposes: those most likely in the target's own text.",
         None,
@@ -240,7 +243,8 @@ def _check_init(recipe: Recipe, places: Places, refuse: Any) -> None:
         for name in ("hidden", "heads", "kv_heads", "ffn"):
             refuse(name, f'init "{recipe.init}" has its own; only random takes it')
     if not feature:
-        refuse("block_from", f'only init "feature" has it, and init is "{recipe.init}"')
+        for name in ("block_from", "join_from"):
+            refuse(name, f'only init "feature" has it, and init is "{recipe.init}"')
     if random or recipe.init.startswith("layers:"):  # what a checkpoint is shows when it is opened
         for name in ("unroll", "step_decay"):
             refuse(name, f'only drafts that read the target\'s state have it, and init is "{recipe.init}"')

@@ -156,9 +156,10 @@ def _feature(recipe: Recipe, target: Checkpoint, ids: Tensor | None) -> _Plan:
         tensors |= _quietened(_layer(target, old, new))
     if source:
         _read_normed_states(tensors, tensors.pop(FIRST_NORM), target.tensor(FINAL_NORM).float())
-    hidden = int(hf["hidden_size"])
-    # The state passes, the embedding adds nothing yet: the block's first input is what the target's head reads.
-    tensors[FC] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), 1)
+    if recipe.join_from == "state":
+        # The embedding adds nothing yet: the block's first input is what the target's head reads.
+        hidden = int(hf["hidden_size"])
+        tensors[FC] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), 1)
     return _Plan({**hf, READS_STATE: True}, ids, tensors, _shareable(target))
 
 

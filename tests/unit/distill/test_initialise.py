@@ -87,6 +87,8 @@ def test_a_feature_draft_starts_with_the_state_passing_through(tiny_checkpoint: 
     random = start(tiny_checkpoint()).draft.state_dict()
     assert float(random[f"model.layers.0.{name}"].std()) == pytest.approx(0.02, rel=0.1)
     assert torch.equal(random["model.fc.weight"][:, 64:], torch.eye(64))
+    knows_nothing = start(tiny_checkpoint(), join_from="random").draft.state_dict()["model.fc.weight"]
+    assert float(knows_nothing.std()) == pytest.approx(0.02, rel=0.1)
     copied = start(tiny_checkpoint(), block_from="0", layers=2).draft.state_dict()
     for layer in (0, 1):
         assert torch.equal(

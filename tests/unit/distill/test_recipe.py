@@ -52,6 +52,7 @@ def test_packaged_recipes_load(name: str) -> None:
         ("", {"init": "layers:0,1", "layers": "2"}, "--layers"),
         ("", {"init": "random", "unroll": "3"}, "--unroll"),
         ("", {"init": "random", "block_from": "3"}, "--block-from"),
+        ("", {"init": "layers:0", "join_from": "random"}, "--join-from"),
         ("", {"loss": "ce", "taid": "0.5"}, "--taid"),
         ("", {"train_embedding": True}, "--train-embedding"),
         ("", {"draft_vocab": "100", "top_k": "100"}, "top_k 100"),
