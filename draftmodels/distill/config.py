@@ -42,7 +42,8 @@ class Recipe:
         "Target layer that a feature draft's first block starts from, such as 28.", None, none_word="random"
     )
     join_from: Literal["state", "random"] = key_field(
-        "What a feature draft's joining matrix starts as: one that passes the target's state on, or random.", "state"
+        "What a feature draft's joining matrix starts as: one that passes the target's state on, or random.",
+        "state",
     )
     draft_vocab: int | None = key_field(
         "Ids that the draft proposes: those most likely in the target's own text.",

@@ -22,7 +22,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 9
+ABI_VERSION = 10
 Isa = Literal["portable", "avx2", "avx512", "amx"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}

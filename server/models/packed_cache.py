@@ -24,7 +24,7 @@ from paceline.server.models.sources import cache_dir
 
 _log = logging.getLogger(__name__)
 #: Raised whenever the packed layout, the quantization or what the notes describe changes.
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 
 
 class PackedCache:

@@ -1,6 +1,8 @@
 // Paged attention. K and V are read back from the cache for every row, prefill included; reductions run over fixed
 // tiles of 16 absolute positions in ascending order, so a row's result is the same in any batch and any chunking.
 #pragma once
+#include <algorithm>
+
 #include "kernel_table.h"
 #include "reduce.h"
 
@@ -10,29 +12,45 @@ PL_INLINE const uint8_t *block_of(const KvLayer &kv, const int32_t *table, int p
     return kv.blocks + table[position / kv.block_tokens] * kv.block_bytes;
 }
 
-static void store_kv(const KvLayer &kv, const int32_t *table, int position, int kv_head, const float *k, const float *v) {
-    uint8_t *block = const_cast<uint8_t *>(block_of(kv, table, position));
+// Sixteen values from `x` on as bf16, or as many as are left of the head.
+PL_INLINE void to_bf16(const float *x, int left, uint16_t (&half)[PL_LANES]) {
+    if (left >= PL_LANES) return store_bf16(half, load(x));
+    float lanes[PL_LANES] = {};
+    std::memcpy(lanes, x, left * sizeof(float));
+    store_bf16(half, load(lanes));
+}
+
+// Keys lie dimension by dimension, 16 positions side by side.
+static void store_key(const KvLayer &kv, const int32_t *table, int position, int kv_head, const float *k) {
     const int at = position % kv.block_tokens, dim = kv.head_dim;
-    const int64_t head = (int64_t)kv_head * kv.block_tokens * dim;
-    const int64_t k_at = head + (int64_t)(at / PL_LANES) * dim * PL_LANES + at % PL_LANES, v_at = head + (int64_t)at * dim;
+    const int64_t first = ((int64_t)kv_head * kv.block_tokens + at / PL_LANES * PL_LANES) * dim + at % PL_LANES;
+    uint8_t *keys = const_cast<uint8_t *>(block_of(kv, table, position)) + kv.k_offset;
     if (kv.kv_format == PL_FP32) {
-        float *ks = (float *)(block + kv.k_offset) + k_at, *vs = (float *)(block + kv.v_offset) + v_at;
-        for (int d = 0; d < dim; d++) ks[(int64_t)d * PL_LANES] = k[d];
-        for (int d = 0; d < dim; d++) vs[d] = v[d];
+        for (int d = 0; d < dim; d++) ((float *)keys)[first + (int64_t)d * PL_LANES] = k[d];
         return;
     }
-    uint16_t *ks = (uint16_t *)(block + kv.k_offset) + k_at, *vs = (uint16_t *)(block + kv.v_offset) + v_at;
-    for (int d = 0; d < dim; d += 16) {
-        float lanes[16] = {};
-        uint16_t half[16];
-        const int width = dim - d < 16 ? dim - d : 16;
-        std::memcpy(lanes, k + d, width * sizeof(float));
-        store_bf16(half, load(lanes));
-        for (int i = 0; i < width; i++) ks[(int64_t)(d + i) * PL_LANES] = half[i];
-        std::memcpy(lanes, v + d, width * sizeof(float));
-        store_bf16(half, load(lanes));
-        std::memcpy(vs + d, half, width * sizeof(uint16_t));
+    for (int d = 0; d < dim; d += PL_LANES) {
+        uint16_t half[PL_LANES];
+        to_bf16(k + d, dim - d, half);
+        for (int i = 0; i < std::min(dim - d, PL_LANES); i++)
+            ((uint16_t *)keys)[first + (int64_t)(d + i) * PL_LANES] = half[i];
     }
+}
+
+static void store_value(const KvLayer &kv, const int32_t *table, int position, int kv_head, const float *v) {
+    const int dim = kv.head_dim;
+    const int64_t first = ((int64_t)kv_head * kv.block_tokens + position % kv.block_tokens) * dim;
+    uint8_t *values = const_cast<uint8_t *>(block_of(kv, table, position)) + kv.v_offset;
+    if (kv.kv_format == PL_FP32) {
+        std::memcpy((float *)values + first, v, dim * sizeof(float));
+        return;
+    }
+    int d = 0;
+    for (; d + PL_LANES <= dim; d += PL_LANES) store_bf16((uint16_t *)values + first + d, load(v + d));
+    if (d == dim) return;
+    uint16_t half[PL_LANES];
+    to_bf16(v + d, dim - d, half);
+    std::memcpy((uint16_t *)values + first + d, half, (dim - d) * sizeof(uint16_t));
 }
 
 PL_INLINE F load_kv(const float *p) { return load(p); }
@@ -55,25 +73,51 @@ PL_INLINE void fetch_tile(const KvLayer &kv, const Queries &in, int tile) {
     for (int64_t i = 0; i < PL_LANES * bytes; i += 64) prefetch(block + kv.k_offset + i), prefetch(block + kv.v_offset + i);
 }
 
-// scores[r][position] for one tile of 16 positions, masked to what row r sees.
-template <typename T, int R>
-PL_INLINE void score_tile(const KvLayer &kv, const Queries &in, int tile, float *const (&scores)[R]) {
-    const int position = tile * PL_LANES, dim = kv.head_dim;
-    const T *k = (const T *)(block_of(kv, in.table, position) + kv.k_offset) + (int64_t)in.kv_head * kv.block_tokens * dim +
-                 (int64_t)(position % kv.block_tokens) * dim;
-    F sum[R];
-    for (int r = 0; r < R; r++) sum[r] = set1(0.0f);
+// Minus infinity for lanes below 0 or beyond 15, as `shown` slides over them.
+struct Shown {
+    alignas(64) float bound[3 * PL_LANES];
+    constexpr Shown() : bound() {
+        for (int i = 0; i < 3 * PL_LANES; i++)
+            bound[i] = i / PL_LANES == 1 ? __builtin_inff() : -__builtin_inff();
+    }
+};
+static constexpr Shown kShown;
+
+// Scores of lanes [first, end) as they are, minus infinity for the others, whatever they hold.
+PL_INLINE F show_only(F scores, int first, int end) {
+    first = first < 0 ? 0 : first > PL_LANES ? PL_LANES : first, end = end < 0 ? 0 : end > PL_LANES ? PL_LANES : end;
+    scores = min(scores, load(kShown.bound + PL_LANES - first));
+    return min(scores, load(kShown.bound + 2 * PL_LANES - end));
+}
+
+// scores[r][position] for N tiles of 16 positions from `tile` on, masked to what row r sees.
+template <typename T, int R, int N>
+PL_INLINE void score_tiles(const KvLayer &kv, const Queries &in, int tile, float *const (&scores)[R]) {
+    const int dim = kv.head_dim;
+    const T *k[N];
+    F sum[N][R];
+    for (int n = 0; n < N; n++) {
+        const int position = (tile + n) * PL_LANES;
+        k[n] = (const T *)(block_of(kv, in.table, position) + kv.k_offset) + (int64_t)in.kv_head * kv.block_tokens * dim +
+               (int64_t)(position % kv.block_tokens) * dim;
+        for (int r = 0; r < R; r++) sum[n][r] = set1(0.0f);
+    }
     for (int d = 0; d < dim; d++) {
-        F keys = load_kv(k + (int64_t)d * PL_LANES);
-        for (int r = 0; r < R; r++) sum[r] = fma(keys, set1(in.q[r][d]), sum[r]);
+        F keys[N];
+        for (int n = 0; n < N; n++) keys[n] = load_kv(k[n] + (int64_t)d * PL_LANES);
+        for (int r = 0; r < R; r++) {
+            const F query = set1(in.q[r][d]);
+            for (int n = 0; n < N; n++) sum[n][r] = fma(keys[n], query, sum[n][r]);
+        }
     }
-    for (int r = 0; r < R; r++) {
-        store(scores[r] + position, mul(sum[r], set1(in.scale)));
-        const int last = in.position[r], first = in.window ? last - in.window + 1 : 0;
-        if (position + PL_LANES - 1 > last || position < first)
-            for (int i = 0; i < PL_LANES; i++)
-                if (position + i > last || position + i < first) scores[r][position + i] = -INFINITY;
-    }
+    for (int n = 0; n < N; n++)
+        for (int r = 0; r < R; r++) {
+            const int position = (tile + n) * PL_LANES, last = in.position[r], first = in.window ? last - in.window + 1 : 0;
+            F score = mul(sum[n][r], set1(in.scale));
+            if (position + PL_LANES - 1 > last || position < first)
+                score = show_only(score, first - position, last + 1 - position);
+            store(scores[r] + position, score);
+        }
 }
 
 // out[r][d .. d + 16 * W) = sum over positions of probability * V.
@@ -120,10 +164,13 @@ static void attend_rows(const KvLayer &kv, const Queries &in, float *scratch) {
     const int first_tile = lowest / PL_LANES;
     float *scores[R];
     for (int r = 0; r < R; r++) scores[r] = scratch + (int64_t)r * tiles * PL_LANES;
-    for (int t = first_tile; t < tiles; t++) {
-        if (t + 1 < tiles) fetch_tile<T>(kv, in, t + 1);
-        score_tile<T, R>(kv, in, t, scores);
+    constexpr int kTiles = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // sums enough to hide how long each takes
+    int t = first_tile;
+    for (; t + kTiles <= tiles; t += kTiles) {
+        for (int next = t + kTiles; next < std::min(t + 2 * kTiles, tiles); next++) fetch_tile<T>(kv, in, next);
+        score_tiles<T, R, kTiles>(kv, in, t, scores);
     }
+    for (; t < tiles; t++) score_tiles<T, R, 1>(kv, in, t, scores);
     for (int r = 0; r < R; r++) {
         F peak = set1(-INFINITY), total = set1(0.0f);
         for (int t = first_tile; t < tiles; t++) peak = max(peak, load(scores[r] + t * PL_LANES));

@@ -42,7 +42,7 @@ private:
     void embed(Thread &t) {
         const Products fc = products([](Member &m) { return m.fc(); }), first = qkv_or_head(0);
         look_ahead(t, fc.any() ? fc : first);
-        each_row(t, [](Member &m, int row) { m.embed(row); });
+        each(t, [](Member &m) { return m.rows(); }, [](Member &m, int row) { m.embed(row); });
         linear(t, fc, first);
     }
 
@@ -51,11 +51,10 @@ private:
         const Products gate_up = products([&](Member &m) { return m.gate_up(i); });
         const Products down = products([&](Member &m) { return m.down(i); });
         const int thread = t.worker.thread();
-        linear(t, qkv_or_head(i), output);
-        each_row(t, [&](Member &m, int row) { m.rotate_and_store(i, row); });
+        linear(t, qkv_or_head(i), output, [&](int member, int begin, int end) { members_[member].take_heads(i, begin, end); });
         each(t, [](Member &m) { return m.attend_items(); }, [&](Member &m, int item) { m.attend(i, item, thread); });
         linear(t, output, gate_up);
-        linear(t, gate_up, down);
+        linear(t, gate_up, down, [&](int member, int begin, int end) { members_[member].take_gated(i, begin, end); });
         linear(t, down, qkv_or_head(i + 1));
     }
 
@@ -89,19 +88,15 @@ private:
         }, &t.ahead);
     }
 
-    template <typename Body>
-    void each_row(Thread &t, const Body &body) {
-        each(t, [](Member &m) { return m.rows(); }, body);
-    }
-
     void look_ahead(Thread &t, const Products &next) const {
         t.ahead = first_claim(next, t.worker.thread(), pool_.threads());
     }
 
-    void linear(Thread &t, const Products &products, const Products &next) {
+    template <typename After = NothingAfter>
+    void linear(Thread &t, const Products &products, const Products &next, const After &after = {}) {
         if (!products.any()) return;
         look_ahead(t, next);
-        linear_phase(t.worker, k_, products, &t.ahead);
+        linear_phase(t.worker, k_, products, after, &t.ahead);
     }
 
     std::vector<Member> &members_;

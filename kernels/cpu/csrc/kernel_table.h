@@ -49,13 +49,18 @@ struct Queries {
 struct KernelTable {
     // `next`: the tile that this thread will probably ask for after these.
     void (*linear_tiles)(const pl_linear &, const Input &, const Output &, int rows, int begin, int end, int next);
-    // Norm (weight NULL: none), then into the form that `next` reads.
-    void (*prepare_row)(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &);
+    // What the norm of a row multiplies by, beside its weights.
+    float (*rms_scale)(const float *x, float eps, int n);
+    // Norm with that scale (weight NULL: none), then into the form that `next` reads.
+    void (*prepare_row)(const float *x, const float *weight, float scale, const pl_linear &next, const InputRow &);
+    // n values -> int8 groups as prepare_row makes them without a norm; zeros past the end.
+    void (*quantize)(const float *x, int n, int groups, const InputRow &out);
     // Norm (weight NULL: none), then stored as fp32 or bf16.
     void (*store_state)(const float *x, const float *weight, float eps, int n, int32_t format, void *out);
     void (*norm)(float *x, const float *weight, float eps, int n);
     void (*rotate)(float *head, const float *cos, const float *sin, int head_dim);
-    void (*store_kv)(const KvLayer &, const int32_t *table, int position, int kv_head, const float *k, const float *v);
+    void (*store_key)(const KvLayer &, const int32_t *table, int position, int kv_head, const float *k);
+    void (*store_value)(const KvLayer &, const int32_t *table, int position, int kv_head, const float *v);
     // Scratch: PL_MAX_QUERIES rows of (context + PL_LANES) floats.
     void (*attend)(const KvLayer &, const Queries &, float *scratch);
     int32_t (*argmax)(const float *x, int64_t n);

@@ -16,14 +16,14 @@ int32_t pl_linears_forward(const pl_linear *linears, int32_t count, const float 
     try {
         int widest = 0;
         for (int i = 0; i < count; i++) widest = std::max(widest, linears[i].in_padded);
-        const Inputs inputs(workspace, rows, widest, pool->threads());
+        const Inputs inputs = Inputs::prepared(workspace.inputs, rows, widest, pool->threads());
         pool->run([&](Worker &worker) {
             const auto product = [&](const pl_linear &l) {
                 return Products{{{&l, &inputs, {x, width}, 0.0f, {Output::kStore, y, l.out}, rows}}, 1};
             };
             for (int i = 0; i < count; i++) {
                 Lookahead ahead = first_claim(product(linears[(i + 1) % count]), worker.thread(), pool->threads());
-                linear_phase(worker, *kernels, product(linears[i]), &ahead);
+                linear_phase(worker, *kernels, product(linears[i]), NothingAfter{}, &ahead);
             }
         });
     } catch (const std::bad_alloc &) {

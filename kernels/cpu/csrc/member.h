@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "linear_phase.h"
 #include "workspace.h"
@@ -28,7 +29,8 @@ public:
     Member(const pl_model &m, const pl_batch &b, const KernelTable &k, Workspace &w, int threads)
         : m_(m), b_(b), k_(k), q_width_(m.heads * m.head_dim), kv_width_(m.kv_heads * m.head_dim),
           qkv_width_(q_width_ + 2 * kv_width_),
-          inputs_(w, b.rows, std::max({m.hidden, m.ffn, q_width_, m.fc.out ? 2 * m.hidden : 0}), threads) {
+          inputs_(Inputs::prepared(w.inputs, b.rows, std::max({m.hidden, m.ffn, q_width_, m.fc.out ? 2 * m.hidden : 0}), threads)),
+          made_(Inputs::made(w.made, b.rows, std::max(m.ffn, q_width_))) {
         x_ = w.x.get((int64_t)b.rows * m.hidden);
         joined_ = m.fc.out ? w.joined.get((int64_t)b.rows * 2 * m.hidden) : nullptr;
         qkv_ = w.qkv.get((int64_t)b.rows * qkv_width_);
@@ -47,16 +49,22 @@ public:
     // What a phase multiplies. A model without an fc has no rows there.
     Product fc() const { return product(m_.fc, {joined_, 2 * m_.hidden}, {Output::kStore, x_, m_.hidden}, m_.fc.out ? b_.rows : 0); }
     Product qkv(int layer) const {
-        return product(at(layer).qkv, {x_, m_.hidden, at(layer).attention_norm}, {Output::kStore, qkv_, qkv_width_}, b_.rows);
+        Product p = product(at(layer).qkv, {x_, m_.hidden, at(layer).attention_norm}, {Output::kStore, qkv_, qkv_width_}, b_.rows);
+        p.chunk_tiles = std::lcm(m_.head_dim, kTilesPerChunk * PL_LANES) / PL_LANES;  // whole heads
+        return p;
     }
     Product output(int layer) const {
-        return product(at(layer).output, {attended_, q_width_}, {Output::kAdd, x_, m_.hidden}, b_.rows);
+        Product p = product(at(layer).output, {attended_, q_width_}, {Output::kAdd, x_, m_.hidden}, b_.rows);
+        return makes_attended(layer) ? made(p) : p;
     }
     Product gate_up(int layer) const {
-        return product(at(layer).gate_up, {x_, m_.hidden, at(layer).mlp_norm}, {Output::kGated, gated_, gated_stride_}, b_.rows);
+        Product p = product(at(layer).gate_up, {x_, m_.hidden, at(layer).mlp_norm}, {Output::kGated, gated_, gated_stride_}, b_.rows);
+        if (makes_gated(layer)) p.chunk_tiles = kGatedTiles;
+        return p;
     }
     Product down(int layer) const {
-        return product(at(layer).down, {gated_, gated_stride_}, {Output::kAdd, x_, m_.hidden}, b_.rows);
+        Product p = product(at(layer).down, {gated_, gated_stride_}, {Output::kAdd, x_, m_.hidden}, b_.rows);
+        return makes_gated(layer) ? made(p) : p;
     }
     Product logits() const {
         return product(m_.head, {x_, m_.hidden, m_.final_norm, b_.wanted_rows}, {Output::kStore, b_.logits, m_.head.out}, b_.wanted);
@@ -68,24 +76,34 @@ public:
         else read_embedding(row, x_ + (int64_t)row * m_.hidden);
     }
 
-    void rotate_and_store(int layer, int row) {
-        const pl_layer &l = at(layer);
-        const KvLayer kv = kv_layer(layer);
-        const int half = m_.head_dim / 2;
-        const float *cos = cos_ + (int64_t)row * half, *sin = sin_ + (int64_t)row * half;
-        float *q = qkv_ + (int64_t)row * qkv_width_, *k = q + q_width_, *v = k + kv_width_;
-        for (int h = 0; h < m_.heads + m_.kv_heads; h++) {
-            float *head = q + (int64_t)h * m_.head_dim;
-            if (l.q_norm) k_.norm(head, h < m_.heads ? l.q_norm : l.k_norm, m_.eps, m_.head_dim);
-            k_.rotate(head, cos, sin, m_.head_dim);
-        }
-        for (int h = 0; h < m_.kv_heads; h++)
-            k_.store_kv(kv, table(row), position(row), h, k + h * m_.head_dim, v + h * m_.head_dim);
+    // The heads in tiles [begin, end) of `qkv`'s outputs, of all rows: queries and keys are normed and rotated, keys and
+    // values stored.
+    void take_heads(int layer, int begin, int end) {
+        const int first = begin * PL_LANES / m_.head_dim, past = std::min(end * PL_LANES, qkv_width_) / m_.head_dim;
+        for (int row = 0; row < b_.rows; row++)
+            for (int h = first; h < past; h++) take_head(layer, row, h);
     }
 
+    // What the heads read, and that as the input of `output`, if whole groups of it are heads.
     void attend(int layer, int item, int thread) {
-        const Queries asked = queries(items_[item / m_.kv_heads], item % m_.kv_heads, at(layer).window);
-        k_.attend(kv_layer(layer), asked, scratch_ + thread * scratch_size_);
+        const AttendItem &some = items_[item / m_.kv_heads];
+        const int kv_head = item % m_.kv_heads;
+        k_.attend(kv_layer(layer), queries(some, kv_head, at(layer).window), scratch_ + thread * scratch_size_);
+        if (!makes_attended(layer)) return;
+        const int groups = m_.head_dim / PL_GROUP;
+        for (int i = 0; i < some.count; i++) {
+            const int row = row_of(some, i), head = head_of(some, i, kv_head);
+            k_.quantize(attended_at(row, head), m_.head_dim, groups, made_.row_from(at(layer).output, row, head * groups));
+        }
+    }
+
+    // The outputs of tiles [begin, end) of `gate_up`, gated, as the input of `down`.
+    void take_gated(int layer, int begin, int end) {
+        if (!makes_gated(layer)) return;
+        const int first = begin / kGatedTiles, groups = (end - begin + kGatedTiles - 1) / kGatedTiles;
+        for (int row = 0; row < b_.rows; row++)
+            k_.quantize(gated_ + row * gated_stride_ + first * PL_GROUP, m_.ffn - first * PL_GROUP, groups,
+                        made_.row_from(at(layer).down, row, first));
     }
 
     // States of the wanted rows for the caller, then those that the blocks keep.
@@ -97,6 +115,17 @@ public:
     }
 
 private:
+    static constexpr int kGatedTiles = 2 * PL_GROUP / PL_LANES;  // of gate_up, for one group of down's input
+
+    // Whether a phase quantizes what it makes for the next one, while it is at hand.
+    bool makes_attended(int layer) const { return at(layer).output.format == PL_INT8 && m_.head_dim % PL_GROUP == 0; }
+    bool makes_gated(int layer) const { return at(layer).down.format == PL_INT8; }
+    Product made(Product p) const {
+        p.inputs = &made_;
+        p.is_made = true;
+        return p;
+    }
+
     void list_rows(Workspace &w, int threads) {
         const int group = m_.heads / m_.kv_heads;
         sequence_of_ = w.sequence_of.get(b_.rows);
@@ -130,6 +159,17 @@ private:
         return {&l, &inputs_, rows, m_.eps, out, count};
     }
 
+    // Queries come first among the heads, then keys, then values.
+    void take_head(int layer, int row, int head) {
+        float *x = qkv_ + (int64_t)row * qkv_width_ + (int64_t)head * m_.head_dim;
+        const int key = head - m_.heads, value = key - m_.kv_heads, half = m_.head_dim / 2;
+        if (value >= 0) return k_.store_value(kv_layer(layer), table(row), position(row), value, x);
+        const float *norm = key < 0 ? at(layer).q_norm : at(layer).k_norm;
+        if (norm) k_.norm(x, norm, m_.eps, m_.head_dim);
+        k_.rotate(x, cos_ + (int64_t)row * half, sin_ + (int64_t)row * half, m_.head_dim);
+        if (key >= 0) k_.store_key(kv_layer(layer), table(row), position(row), key, x);
+    }
+
     void store_state(const float *x, int32_t format, void *out) {
         k_.store_state(x, m_.final_norm, m_.eps, m_.hidden, format, out);
     }
@@ -160,20 +200,29 @@ private:
         }
     }
 
+    int row_of(const AttendItem &item, int i) const {
+        return b_.first_row[item.sequence] + (item.first + i) / (m_.heads / m_.kv_heads);
+    }
+    int head_of(const AttendItem &item, int i, int kv_head) const {
+        const int group = m_.heads / m_.kv_heads;
+        return kv_head * group + (item.first + i) % group;
+    }
+    float *attended_at(int row, int head) const {
+        return attended_ + (int64_t)row * q_width_ + (int64_t)head * m_.head_dim;
+    }
+
     Queries queries(const AttendItem &item, int kv_head, int window) const {
-        const int group = m_.heads / m_.kv_heads, first_row = b_.first_row[item.sequence];
         Queries in;
         for (int i = 0; i < item.count; i++) {
-            const int row = first_row + (item.first + i) / group;
-            const int64_t head = (int64_t)(kv_head * group + (item.first + i) % group) * m_.head_dim;
-            in.q[i] = qkv_ + (int64_t)row * qkv_width_ + head;
-            in.out[i] = attended_ + (int64_t)row * q_width_ + head;
+            const int row = row_of(item, i), head = head_of(item, i, kv_head);
+            in.q[i] = qkv_ + (int64_t)row * qkv_width_ + (int64_t)head * m_.head_dim;
+            in.out[i] = attended_at(row, head);
             in.position[i] = position(row);
         }
         in.rows = item.count;
         in.kv_head = kv_head;
         in.window = window;
-        in.table = table(first_row);
+        in.table = table(row_of(item, 0));
         in.scale = 1.0f / std::sqrt((float)m_.head_dim);
         return in;
     }
@@ -188,7 +237,7 @@ private:
     const pl_batch &b_;
     const KernelTable &k_;
     const int q_width_, kv_width_, qkv_width_;
-    Inputs inputs_;
+    Inputs inputs_, made_;
     float *x_, *joined_, *qkv_, *attended_, *gated_, *cos_, *sin_, *scratch_;
     int64_t gated_stride_, scratch_size_;
     int32_t *sequence_of_;

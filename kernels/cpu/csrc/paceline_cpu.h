@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 9
+#define PL_ABI_VERSION 10
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
 #define PL_MOST_TOGETHER 8  // models in one forward
@@ -28,14 +28,15 @@ enum { PL_ISA_PORTABLE = 0, PL_ISA_AVX2 = 1, PL_ISA_AVX512 = 2, PL_ISA_AMX = 3 }
 // one bit per value, least significant first, and then the values of the set bits; 0 (int8: a weight of 0) stands where
 // no bit is set. `in_padded` makes whole groups. Behind the last value 64 bytes more can be read.
 // Picked (int8 only): each row keeps `picks` weights of every PL_GROUP inputs, the same number everywhere. A group is
-// picks / 4 pairs of vectors [lane][4]: the weights as int8, and the numbers of their inputs in the group as uint8.
+// picks / 4 pairs of vectors [lane][4]: the weights as int8, and the numbers of their inputs in the group as uint8. A fourth
+// pair has no numbers: its lowest, middle and highest two bits are the highest of the first, second and third pair's.
 typedef struct {
     int32_t format, out, in, in_padded;
     const void *data;
     const int64_t *tile_starts;  // [tiles + 1] bytes from `data` to each tile; NULL: dense
     const float *scale;  // int8: [tiles * PL_LANES], one per output row
     const float *bias;   // [tiles * PL_LANES] or NULL
-    int32_t picks;       // a multiple of 4; 0: not picked
+    int32_t picks;       // 4, 8, 12 or 16; 0: not picked
 } pl_linear;
 
 typedef struct {

@@ -5,7 +5,7 @@
 
 namespace PL_ISA_NS {
 
-PL_INLINE float rms_scale(const float *x, float eps, int n) {
+static float rms_scale(const float *x, float eps, int n) {
     F sum = set1(0.0f);
     int i = 0;
     for (; i + 16 <= n; i += 16) sum = fma(load(x + i), load(x + i), sum);
@@ -26,14 +26,10 @@ PL_INLINE void quantize_group(const F (&x)[PL_GROUP / 16], int8_t *q, float *sca
     F peak = set1(0.0f);
     for (F part : x) peak = max(peak, abs(part));
     const float top = reduce_max(peak), inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    I sum = set1i(0);
-    for (int i = 0; i < PL_GROUP / 16; i++) {
-        const I rounded = round_int(mul(x[i], set1(inverse)));
-        store_int8(q + 16 * i, rounded);
-        sum = add(sum, rounded);
-    }
+    I rounded[PL_GROUP / 16];
+    for (int i = 0; i < PL_GROUP / 16; i++) rounded[i] = round_int(mul(x[i], set1(inverse)));
     *scale = top / 127.0f;
-    *correction = -128 * reduce_add(sum);
+    *correction = -128 * reduce_add(store_group(q, rounded));
 }
 
 // Sixteen of a row's values from `at` on, scaled and weighted (NULL: neither); zeros past its end.
@@ -48,19 +44,28 @@ PL_INLINE F prepared(const float *x, const float *weight, float scale, int at, i
     return weight ? mul(mul(load(x + at), set1(scale)), load(weight + at)) : load(x + at);
 }
 
-static void prepare_row(const float *x, const float *weight, float eps, const pl_linear &next, const InputRow &out) {
+// A row's n values as int8 groups, scaled and weighted (NULL: neither); zeros past its end.
+PL_INLINE void quantize_groups(const float *x, const float *weight, float scale, int n, int groups, const InputRow &out) {
+    for (int g = 0; g < groups; g++) {
+        F group[PL_GROUP / 16];
+        for (int i = 0; i < PL_GROUP / 16; i++) group[i] = prepared(x, weight, scale, g * PL_GROUP + 16 * i, n);
+        quantize_group(group, out.int8 + g * PL_GROUP, out.scales + g, out.corrections + g);
+    }
+}
+
+static void quantize(const float *x, int n, int groups, const InputRow &out) {
+    quantize_groups(x, nullptr, 1.0f, n, groups, out);
+}
+
+// `scale`: what the norm multiplies by, if there is a norm.
+static void prepare_row(const float *x, const float *weight, float scale, const pl_linear &next, const InputRow &out) {
     const int n = next.in, padded = next.in_padded;
-    const float scale = weight ? rms_scale(x, eps, n) : 1.0f;
     if (next.format != PL_INT8) {
         for (int i = 0; i < n; i++) out.fp32[i] = weight ? x[i] * scale * weight[i] : x[i];
         for (int i = n; i < padded; i++) out.fp32[i] = 0.0f;
         return;
     }
-    for (int g = 0; g < padded / PL_GROUP; g++) {
-        F group[PL_GROUP / 16];
-        for (int i = 0; i < PL_GROUP / 16; i++) group[i] = prepared(x, weight, scale, g * PL_GROUP + 16 * i, n);
-        quantize_group(group, out.int8 + g * PL_GROUP, out.scales + g, out.corrections + g);
-    }
+    quantize_groups(x, weight, scale, n, padded / PL_GROUP, out);
 }
 
 static void store_state(const float *x, const float *weight, float eps, int n, int32_t format, void *out) {

@@ -56,7 +56,6 @@ PL_INLINE I add(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 PL_INLINE I sub(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 PL_INLINE F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 PL_INLINE I round_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }
-PL_INLINE void store_int8(int8_t *p, I a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a.v)); }
 PL_INLINE F pow2(I n) {  // 2^n for -126 <= n <= 127
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
@@ -78,24 +77,20 @@ PL_INLINE I dot4(I acc, W4 w, X4 x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
     return acc;
 }
+// 64 values in [-127, 127] as int8; lanes whose total is their sum.
+PL_INLINE I store_group(int8_t *p, const I (&a)[4]) {
+    const __m512i words[] = {_mm512_packs_epi32(a[0].v, a[1].v), _mm512_packs_epi32(a[2].v, a[3].v)};
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const X4 bytes{_mm512_permutexvar_epi32(order, _mm512_packs_epi16(words[0], words[1]))};
+    _mm512_storeu_si512(p, bytes.v);
+    return dot4(set1i(0), W4{_mm512_set1_epi8(1)}, bytes);
+}
 // The same with inputs that are used once: repeated by the instruction itself, which spares a wide load (Zen 4: a
 // fifth off five rows of a sparse layer).
 PL_INLINE I dot4(I acc, W4 w, const int8_t *inputs) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t *)inputs));
     return acc;
 }
-// A group of 64 inputs to pick from; 16 rows x 4 weights (int8) with the numbers of their inputs in the group.
-struct X64 { __m512i v; };  // + 128 as uint8
-struct Picks { X4 weights; __m512i from; };
-PL_INLINE X64 load_group(const int8_t *p) {
-    return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
-}
-PL_INLINE Picks load_picks(const uint8_t *p) { return {{_mm512_loadu_si512(p)}, _mm512_loadu_si512(p + 64)}; }
-// acc[row] += sum_i w[row][i] * x[from[row][i]], and for each 128 * w, which `dot_offset` adds up alone.
-PL_INLINE I dot_picked(I acc, Picks w, X64 x) {
-    return dot4(acc, W4{_mm512_permutexvar_epi8(w.from, x.v)}, w.weights);
-}
-PL_INLINE I dot_offset(I acc, Picks w) { return dot4(acc, W4{_mm512_set1_epi8(-128)}, w.weights); }
 PL_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 #elif defined(PL_USE_AVX2)
@@ -306,17 +301,14 @@ PL_INLINE void prefetch(const void *) {}
 #endif
 
 #if !defined(PL_USE_AVX512)
-// Picking, see above, without an instruction for it: no offset, so that there is nothing to correct.
-struct X64 { const int8_t *p; };
-struct Picks { const uint8_t *p; };
-PL_INLINE X64 load_group(const int8_t *p) { return {p}; }
-PL_INLINE Picks load_picks(const uint8_t *p) { return {p}; }
-PL_INLINE I dot_picked(I acc, Picks w, X64 x) {
-    int32_t sums[16] = {};
-    for (int i = 0; i < 64; i++) sums[i / 4] += (int8_t)w.p[i] * x.p[w.p[64 + i] % 64];
-    return add(acc, load(sums));
+PL_INLINE I store_group(int8_t *p, const I (&a)[4]) {
+    I sum = set1i(0);
+    for (int i = 0; i < 4; i++) {
+        store_int8(p + 16 * i, a[i]);
+        sum = add(sum, a[i]);
+    }
+    return sum;
 }
-PL_INLINE I dot_offset(I acc, Picks) { return acc; }
 #endif
 
 // e^x by range reduction to |r| <= ln(2)/2 and a degree-6 polynomial; below -87 it is 0 (so masked scores vanish).

@@ -1,14 +1,15 @@
 // The inner loops of linear layers over sparse tiles: packed values are expanded in registers by their masks, then go the
 // dense way. Sums are made in the order of the dense loops, so that a sparse weight gives the bits of the same weight dense.
 #pragma once
+#include <algorithm>
+
 #include "int8_group.h"
 #include "kernel_table.h"
+#include "picks.h"
 #include "simd.h"
 #include "sparse_tile.h"
 
 namespace PL_ISA_NS {
-
-static constexpr int kPickedBytes = 128;  // weights of 16 rows x 4, and where their inputs are
 
 template <int R, int T>
 PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[R][T]) {
@@ -43,21 +44,23 @@ PL_INLINE void sparse_int8(const pl_linear &l, const Input &x, int tile, int row
 // Weights that come with the numbers of their inputs: inputs are picked, 64 by one operation, instead of weights expanded.
 template <int T>
 PL_INLINE void picked_int8(const pl_linear &l, const Input &x, int tile, int row, F (&sum)[1][T]) {
-    const int groups = l.in_padded / PL_GROUP, vectors = l.picks / 4;
+    const int groups = l.in_padded / PL_GROUP, vectors = l.picks / 4, numbered = std::min(vectors, kNumberedVectors);
+    const int group_bytes = (vectors + numbered) * 64;
     const uint8_t *at = (const uint8_t *)l.data + l.tile_starts[tile];
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups; g++, at += group_bytes) {
         X64 inputs[T];
         I dot[T], offset = set1i(0);
         for (int t = 0; t < T; t++) {
             inputs[t] = load_group(x.int8 + (int64_t)(row + t) * l.in_padded + g * PL_GROUP);
             dot[t] = set1i(0);
         }
-        for (int v = 0; v < vectors; v++, at += kPickedBytes) {
-            for (int i = 0; i < kPickedBytes; i += 64) prefetch(at + kSparsePrefetchBytes + i);
-            const Picks weights = load_picks(at);
+        const auto multiply = [&](const Picks &weights) __attribute__((always_inline)) {
             offset = dot_offset(offset, weights);
             for (int t = 0; t < T; t++) dot[t] = dot_picked(dot[t], weights, inputs[t]);
-        }
+        };
+        for (int i = 0; i < group_bytes; i += 64) prefetch(at + kSparsePrefetchBytes + i);
+        for (int v = 0; v < numbered; v++) multiply(load_picks(at + v * kPickedPair));
+        if (vectors > numbered) multiply(load_fourth_picks(at));
         for (int t = 0; t < T; t++) {
             const F scale = set1(x.scales[(int64_t)(row + t) * groups + g]);
             sum[0][t] = fma(to_float(sub(dot[t], offset)), scale, sum[0][t]);
