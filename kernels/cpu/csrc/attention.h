@@ -73,7 +73,7 @@ PL_INLINE void fetch_tile(const KvLayer &kv, const Queries &in, int tile) {
     for (int64_t i = 0; i < PL_LANES * bytes; i += 64) prefetch(block + kv.k_offset + i), prefetch(block + kv.v_offset + i);
 }
 
-// Minus infinity for lanes below 0 or beyond 15, as `shown` slides over them.
+// Sixteen of these, wherever they begin, hide some lanes below or above.
 struct Shown {
     alignas(64) float bound[3 * PL_LANES];
     constexpr Shown() : bound() {
