@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,10 +33,32 @@ _PROMPT = "The capital of France is"
 _LEAST = 20
 
 
-def acceptance(served: Served, temperature: float, least: int) -> tuple[int, int]:
-    """Drafted and accepted tokens of answers to the built-in prompts, at least ``least`` drafted ones; 16 at a time."""
+@dataclass(frozen=True)
+class Rate:
+    """Accepted of drafted tokens, [answers] each: tokens of one answer are accepted together more often than not."""
+
+    drafted: npt.NDArray[np.int64]
+    accepted: npt.NDArray[np.int64]
+
+    @property
+    def value(self) -> float:
+        return float(self.accepted.sum() / self.drafted.sum())
+
+    @property
+    def error(self) -> float:
+        """Standard error, of a ratio of sums over answers."""
+        residuals = self.accepted - self.value * self.drafted
+        return float(np.sqrt((residuals**2).sum()) / self.drafted.sum())
+
+    def __str__(self) -> str:
+        counts = f"{self.accepted.sum()} of {self.drafted.sum()} drafted tokens accepted"
+        return f"{counts}, {self.value:.4f} +- {self.error:.4f}"
+
+
+def acceptance(served: Served, temperature: float, least: int) -> Rate:
+    """Of answers to the built-in prompts, at least ``least`` drafted tokens; 16 answers at a time."""
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
-    drafted = accepted = asked = 0
+    counts: list[tuple[int, int]] = []
     with httpx.Client(timeout=PATIENCE_SECONDS) as http, ThreadPoolExecutor(16) as pool:
 
         def ask(prompt: str) -> dict[str, int]:
@@ -44,12 +67,12 @@ def acceptance(served: Served, temperature: float, least: int) -> tuple[int, int
             answer = http.post(served.url + "/v1/chat/completions", json=body)
             return cast(dict[str, int], answer.json()["metrics"]["speculative_decoding"])
 
-        while drafted < least:
-            for figures in pool.map(ask, [prompts[i % len(prompts)] for i in range(asked, asked + 16)]):
-                drafted += figures["num_draft_tokens"]
-                accepted += figures["num_accepted_draft_tokens"]
-            asked += 16
-    return drafted, accepted
+        while sum(drafted for drafted, _ in counts) < least:
+            asked = [prompts[i % len(prompts)] for i in range(len(counts), len(counts) + 16)]
+            for figures in pool.map(ask, asked):
+                counts.append((figures["num_draft_tokens"], figures["num_accepted_draft_tokens"]))
+    drafted, accepted = np.array(counts, dtype=np.int64).T
+    return Rate(drafted, accepted)
 
 
 def draft_tokens(answer: openai.types.Completion) -> int:

@@ -7,6 +7,7 @@ server ends it, one by a crash, one by SIGTERM under load. In a full campaign vL
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ import campaign
 import httpx
 import openai
 import pytest
-from engine_measures import CERTAIN, UNDRAFTED, acceptance, beginnings, contingency, greedy_texts
+from engine_measures import CERTAIN, UNDRAFTED, Rate, acceptance, beginnings, contingency, greedy_texts
 from engine_servers import MODEL, SCHEDULE, Engine, Served, client_of, serving
 from prometheus_client.parser import text_string_to_metric_families
 from real_models import SMOLLM2
@@ -32,7 +33,9 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 ANSWER = "The capital of France is Paris."
 NATIVE_FIRST = "it compares with the native engine: run the native half of this file, too"
 #: Acceptance by engine, draft and temperature, for the engine that is measured second.
-RATES: dict[tuple[Engine, str, float], float] = {}
+RATES: dict[tuple[Engine, str, float], Rate] = {}
+#: Drafted tokens to measure acceptance on; a twentieth of the campaign's says too little.
+DRAFTED = max(campaign.size(20_000), 3_000)
 #: Log-probabilities of a prompt by engine.
 SCORES: dict[Engine, list[float]] = {}
 #: Greedy texts without a draft by engine.
@@ -108,7 +111,7 @@ def test_an_independent_draft_changes_no_greedy_text(independent: Served) -> Non
 def test_an_independent_draft_is_accepted_as_often_on_both_engines(
     independent: Served, temperature: float, record_property: Callable[[str, object], None]
 ) -> None:
-    found = compare_acceptance(independent, temperature, campaign.size(20_000))
+    found = compare_acceptance(independent, temperature)
     record_property(f"{independent.engine} T={temperature:g}", found)
 
 
@@ -289,22 +292,23 @@ def test_greedy_text_is_that_without_a_draft(drafted: Served) -> None:
 def test_acceptance_is_the_same_on_both_engines(
     drafted: Served, temperature: float, record_property: Callable[[str, object], None]
 ) -> None:
-    found = compare_acceptance(drafted, temperature, campaign.size(20_000))
+    found = compare_acceptance(drafted, temperature)
     record_property(f"{drafted.engine} T={temperature:g}", found)
 
 
-def compare_acceptance(served: Served, temperature: float, least: int) -> str:
-    """Measure it on at least so many drafted tokens, and compare it with the native engine's; what was found."""
-    drafted, accepted = acceptance(served, temperature, least)
+def compare_acceptance(served: Served, temperature: float) -> str:
+    """Measure it, and compare it with the native engine's; what was found."""
+    rate = acceptance(served, temperature, DRAFTED)
     assert served.draft is not None
     draft = Path(served.draft).name
-    RATES[served.engine, draft, temperature] = rate = accepted / drafted
-    # A difference of two rates from 20,000 drafted tokens each has a standard error of about 0.005: 0.02 from 1,000.
+    RATES[served.engine, draft, temperature] = rate
     assert ("native", draft, temperature) in RATES, NATIVE_FIRST
     native = RATES["native", draft, temperature]
-    assert rate == pytest.approx(native, abs=0.03 if least >= 20_000 else 0.08)
-    assert rate > 0.1
-    return f"{accepted} of {drafted} drafted tokens accepted, {rate:.4f}"
+    # About 0.005 from 20,000 drafted tokens of each, 0.03 from 3,000.
+    margin = max(0.03, 4 * math.hypot(rate.error, native.error))
+    assert abs(rate.value - native.value) < margin, (str(rate), str(native))
+    assert rate.value > 0.1
+    return str(rate)
 
 
 def test_metrics_carry_each_name_once(drafted: Served, client: openai.OpenAI) -> None:

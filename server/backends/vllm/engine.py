@@ -177,13 +177,18 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """See ``AsyncEngine.stop``."""
-        if self._state != "failed":
+        error: PacelineError = UnavailableError(
+            "the server has stopped", code="stopped", retry_after_seconds=10
+        )
+        if self.state == "failed":  # noticed here before vLLM has told every stream
+            error = EngineError("the engine has failed; see the log")
+        else:
             self._state = "stopped"
         streams, tasks = list(self._streams.values()), [t for own in self._tasks.values() for t in own]
         for request_id in list(self._streams):
             self.cancel(request_id)
         for stream in streams:
-            stream.put(UnavailableError("the server has stopped", code="stopped", retry_after_seconds=10))
+            stream.put(error)
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._connected is not None:
             await asyncio.to_thread(partial(self._connected.llm.shutdown, timeout=_SHUTDOWN_SECONDS))

@@ -243,6 +243,22 @@ def test_a_dead_core_fails_the_engine() -> None:
     with_engine(llm, die)
 
 
+def test_stopping_after_the_core_has_died_is_a_failure_to_whoever_still_waits() -> None:
+    llm = FakeLlm(HELLO)
+    llm.hold.clear()
+
+    async def die_and_stop(engine: VllmEngine) -> None:
+        stream = engine.submit(request())
+        await asyncio.sleep(0)
+        llm.errored = True
+        await engine.stop()
+        assert engine.state == "failed"
+        with pytest.raises(EngineError):
+            await anext(stream)
+
+    with_engine(llm, die_and_stop)
+
+
 def test_what_can_never_run_is_refused_at_once() -> None:
     async def ask(engine: VllmEngine) -> None:
         with pytest.raises(ContextLengthError, match="512 tokens, but the prompt has 512 and 1 more"):

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import NO_DRAFT, Recorder, ids, request, run, spec, submit, table_engine, tiny_engine, tokens
+from policies import Timeless, with_policy
 
 from paceline.server.config.schema import SpeculationConfig
 from paceline.server.decoding.policy import AdaptivePolicy, Candidate, Decision, History, Option, StepWork
 from paceline.server.engine.draft_proposer import DraftModelProposer
-from paceline.server.engine.engine import Engine
 from paceline.server.engine.request import SpeculationParams
 from paceline.server.errors import InvalidRequestError
 
@@ -49,12 +49,6 @@ class Erratic:
     def on_step(self, work: StepWork) -> None: ...
 
 
-def with_policy(engine: Engine, policy: Any) -> Engine:
-    for model in engine._models.values():
-        object.__setattr__(model, "policy", policy)
-    return engine
-
-
 @pytest.fixture(scope="session")
 def near(tiny_checkpoint: Any) -> Path:
     folder: Path = tiny_checkpoint("llama", perturb=0.02)
@@ -72,8 +66,7 @@ def test_greedy_and_seeded_text_is_the_same_under_any_policy(which, sampling, ti
         observer=recorder,
         max_batch_tokens=40,
     )
-    if which == "erratic":
-        with_policy(engine, Erratic())
+    with_policy(engine, Erratic() if which == "erratic" else Timeless())
     for _ in ("cold", "warm"):
         assert tokens(engine, *(request(**a) for a in asked)) == expected
     assert sum(n for s in recorder.steps for n in s.drafted_per_block) > 8

@@ -11,6 +11,7 @@ from conftest import TinyCheckpoint
 from engines import NO_DRAFT, Recorder, request, spec, tiny_engine, tokens
 from feature_oracle import FeatureOracle, target_states
 from native_drafts import write_feature_draft, write_near_feature_draft
+from policies import Timeless, with_policy
 
 from paceline.server.decoding.verify import DraftBlock
 from paceline.server.engine.draft_proposer import DraftModelProposer
@@ -85,7 +86,7 @@ def test_beside_ngrams_under_the_adaptive_policy_no_output_changes(
 ):
     draft, recorder = write_near_feature_draft(tmp_path / "draft", target), Recorder()
     model = spec(target, draft=draft, max_draft_tokens=6, policy="adaptive", ngram=True)
-    engine, long = tiny_engine(model, observer=recorder), {"max_tokens": 60}
+    engine, long = with_policy(tiny_engine(model, observer=recorder), Timeless()), {"max_tokens": 60}
     plain = tokens(engine, *asked(GREEDY, SEEDED, speculation=NO_DRAFT, **long))
     assert tokens(engine, *asked(GREEDY, SEEDED, **long)) == plain
     assert accepted(recorder) > 20
