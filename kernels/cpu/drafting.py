@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from paceline.kernels.cpu.library import F32, I32, I64, PTR, U64
+from paceline.kernels.cpu.library import F32, I32, I64, PTR, U64, flat_tables
 
 DrawMode = Literal["greedy", "seeded", "sampled"]
 _MODES: dict[DrawMode, int] = {"greedy": 0, "seeded": 1, "sampled": 2}
@@ -92,7 +92,7 @@ class _Draw(ctypes.Structure):
 class _Draft(ctypes.Structure):
     _fields_ = (
         *((name, I32) for name in ("drafts", "columns", "stride")),
-        *((name, PTR) for name in ("draw", "tokens")),
+        *((name, PTR) for name in ("draw", "tokens", "target", "target_table_start", "target_tables")),
     )
 
 
@@ -102,9 +102,17 @@ class DraftArrays:
     Args:
         draws: the drafting sequences, in the order of the batch's wanted rows.
         columns: logits that may be drawn, the first ones of the head.
+        target: address of the pl_model that kept the states before the batch's rows; None where none are read.
+        tables: the target's blocks, by sequence of the batch.
     """
 
-    def __init__(self, draws: Sequence[Draw], columns: int) -> None:
+    def __init__(
+        self,
+        draws: Sequence[Draw],
+        columns: int,
+        target: int | None = None,
+        tables: Sequence[Sequence[int]] = (),
+    ) -> None:
         self._lengths = [d.length for d in draws]
         self._stride = max(self._lengths)
         self._tokens = (I32 * (self._stride * len(draws)))()
@@ -114,8 +122,15 @@ class DraftArrays:
         self._draws = (_Draw * len(draws))(
             *map(_draw, draws, self._edits, self._uniforms, self._probs),
         )
+        self._tables = flat_tables(tables)
         self._draft = _Draft(
-            len(draws), columns, self._stride, ctypes.addressof(self._draws), ctypes.addressof(self._tokens)
+            len(draws),
+            columns,
+            self._stride,
+            ctypes.addressof(self._draws),
+            ctypes.addressof(self._tokens),
+            target,
+            *map(ctypes.addressof, self._tables),
         )
         self.address = ctypes.addressof(self._draft)
 

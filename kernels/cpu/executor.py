@@ -20,6 +20,7 @@ from paceline.kernels.cpu.library import (
     LinearStruct,
     Pool,
     check,
+    flat_tables,
     library,
     linear_struct,
     pointer,
@@ -168,6 +169,7 @@ class Executor:
         *,
         columns: int | None = None,
         features: Tensor | None = None,
+        kept: "tuple[Executor, Sequence[Sequence[int]]] | None" = None,
     ) -> list[Drafted]:
         """Run the batch and go on for some of its sequences, one native call for all draft tokens.
 
@@ -177,12 +179,22 @@ class Executor:
             columns: logits that may be drawn, the first ones; None is all.
             features: for a plan with an fc, those of the batch, fp32 [rows, hidden]; later rows read the state of
                 the row before.
+            kept: in the place of features, who kept the states before the rows, and its blocks of each sequence.
 
         Returns:
             Draft tokens per drafting sequence: token ids, also of a restricted vocabulary.
         """
-        draft = DraftArrays(draws, columns or self._plan.head.out_features)
-        batch = self._batch(tokens, spans, wanted, None, features, None)
+        columns = columns or self._plan.head.out_features
+        if kept is None:
+            draft = DraftArrays(draws, columns)
+            batch = self._batch(tokens, spans, wanted, None, features, None)
+        else:
+            target, tables = kept
+            assert target.keeps_states
+            assert target._plan.hidden == self._plan.hidden
+            assert len(tables) == len(spans)
+            draft = DraftArrays(draws, columns, ctypes.addressof(target._model), tables)
+            batch = _BatchArrays(tokens, spans, wanted, None, None, None)
         status = self._library.pl_draft_blocks(
             ctypes.addressof(self._model),
             batch.address,
@@ -274,14 +286,8 @@ class _BatchArrays:
         states: Tensor | None,
     ) -> None:
         firsts, counts, starts, tables = zip(*spans, strict=True)
-        flat = [block for table in tables for block in table]
-        offsets, at = [], 0
-        for table in tables:
-            offsets.append(at)
-            at += len(table)
-        self._arrays = [
-            (I32 * len(part))(*part) for part in (tokens, firsts, counts, starts, offsets, flat, wanted)
-        ]
+        integers = [(I32 * len(part))(*part) for part in (tokens, firsts, counts, starts, wanted)]
+        self._arrays = [*integers[:4], *flat_tables(tables), *integers[4:]]
         addresses = (ctypes.addressof(array) for array in self._arrays)
         matrices = (pointer(matrix) for matrix in (logits, features, states))
         self._batch = _Batch(len(tokens), len(spans), len(wanted), *addresses, *matrices)

@@ -9,6 +9,7 @@ library (one with sanitizers, one by another compiler).
 
 import ctypes
 import importlib.machinery
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 from paceline.kernels.formats import GROUP, LANES, Format, PackedLinear, pad_rows, padded
 
 _log = logging.getLogger(__name__)
-ABI_VERSION = 10
+ABI_VERSION = 11
 Isa = Literal["portable", "avx2", "avx512", "amx"]
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
 FORMAT_CODES: dict[Format, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -243,6 +244,15 @@ def linear_struct(layer: PackedLinear) -> LinearStruct:
 def linear_structs(layers: Sequence[PackedLinear]) -> "ctypes.Array[LinearStruct]":
     """Several layers side by side, as C sees them."""
     return (LinearStruct * len(layers))(*map(linear_struct, layers))
+
+
+def flat_tables(
+    tables: Sequence[Sequence[int]],
+) -> "tuple[ctypes.Array[ctypes.c_int32], ctypes.Array[ctypes.c_int32]]":
+    """Block tables one after another, as C reads them: where each begins, and the blocks."""
+    flat = [block for table in tables for block in table]
+    starts = list(itertools.accumulate(map(len, tables[:-1]), initial=0)) if tables else []
+    return (I32 * len(starts))(*starts), (I32 * len(flat))(*flat)
 
 
 def check(status: Any) -> None:

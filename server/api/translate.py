@@ -154,6 +154,7 @@ def _job(
             body.n,
             prefix == "cmpl",
             SteeringParams(strengths, prompt.members),
+            body.stream,
         )
         for i, (prompt, params) in enumerate(zip(prompts, sampling, strict=True))
     )

@@ -13,7 +13,7 @@ from paceline.kernels.cpu.verification import SampledBlock, verify_sampled
 from paceline.server.decoding.verify import DraftBlock, Rule
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
-from paceline.server.engine.runner import spread
+from paceline.server.engine.runner import KeptStates, spread
 from paceline.server.models.attention import SequenceRows
 
 
@@ -103,15 +103,23 @@ class CpuRunner:
         ]
         return verify_sampled(scores, sampled, uniforms, by_block=rule == "block", pool=self._pool)
 
-    def draft(self, batch: Batch, draws: Sequence[Draw], columns: int) -> list[Drafted]:
+    def draft(
+        self, batch: Batch, draws: Sequence[Draw], columns: int, kept: KeptStates | None = None
+    ) -> list[Drafted]:
         """See ``BlockDrafter.draft``."""
+        features, native = None, None
+        if kept is not None and isinstance(kept.target, CpuRunner):
+            native = kept.target._executor, [span.pages for span in kept.spans]
+        elif kept is not None:
+            features = kept.read()
         return self._executor.draft(
             batch.tokens,
             _spans(batch.sequences),
             batch.wanted,
             draws,
             columns=columns,
-            features=batch.features,
+            features=features,
+            kept=native,
         )
 
 

@@ -19,7 +19,7 @@ from paceline.server.decoding.verify import DraftBlock
 from paceline.server.engine.batch import Batch
 from paceline.server.engine.kv_blocks import MemberLayout
 from paceline.server.engine.proposers import EMPTY_BLOCK, DraftWork, make_row
-from paceline.server.engine.runner import BlockDrafter, FeatureRunner, Runner, StateReader
+from paceline.server.engine.runner import BlockDrafter, FeatureRunner, KeptStates, Runner, StateReader
 from paceline.server.engine.scheduler import Scheduled
 from paceline.server.engine.sequence import Sequence
 from paceline.server.models.attention import SequenceRows
@@ -74,11 +74,12 @@ class DraftModelProposer:
 
     def propose(self, items: SequenceOf[Scheduled], generator: torch.Generator) -> list[DraftBlock]:
         """See ``Proposer.propose``; blocks of sampled requests carry the distributions they were drawn from."""
-        batch, drafting = self._catch_up(items)
+        batch, drafting, kept = self._catch_up(items)
         self._work = _work(batch, drafting)
         if self._native is not None and drafting:
-            self._native.draft(batch, drafting, generator)
+            self._native.draft(batch, drafting, generator, kept)
         elif batch.tokens:
+            batch.features = None if kept is None else kept.read()
             self._draft(batch, drafting, generator)
         if self._target is not None:
             _forget_drafted(drafting)
@@ -88,8 +89,9 @@ class DraftModelProposer:
     def forget(self, sequence: Sequence) -> None:
         """See ``Proposer.forget``; all state is in the sequence's block table."""
 
-    def _catch_up(self, items: SequenceOf[Scheduled]) -> tuple[Batch, list["_Drafting"]]:
-        """The batch of known tokens that the draft lacks, and who drafts after it (its wanted rows, in order)."""
+    def _catch_up(self, items: SequenceOf[Scheduled]) -> tuple[Batch, list["_Drafting"], KeptStates | None]:
+        """The batch of known tokens that the draft lacks, who drafts after it (its wanted rows, in order), and the
+        batch's features where the draft reads states."""
         batch, budget, drafting = Batch(), self._max_batch_tokens, []
         before: list[SequenceRows] = []
         for item in items:
@@ -108,9 +110,7 @@ class DraftModelProposer:
             before.append(SequenceRows(rows.first_row, rows.count, rows.start - 1, sequence.target.blocks))
             if ready:
                 drafting.append(_Drafting(item, len(batch.sequences) - 1))
-        if self._target is not None and before:
-            batch.features = self._target.read_states(before)
-        return batch, drafting
+        return batch, drafting, None if self._target is None else KeptStates(self._target, before)
 
     def _can_propose(self, sequence: Sequence) -> bool:
         """False where stop ids that are masked for now may be all that a draft of few ids knows."""
@@ -174,11 +174,18 @@ class _NativeBlocks:
         self._token_ids = None if ids is None else ids[: self._columns].long()
         self._runner, self._maker = runner, DrawMaker(ids, self._columns)
 
-    def draft(self, batch: Batch, drafting: SequenceOf["_Drafting"], generator: torch.Generator) -> None:
+    def draft(
+        self,
+        batch: Batch,
+        drafting: SequenceOf["_Drafting"],
+        generator: torch.Generator,
+        kept: KeptStates | None,
+    ) -> None:
         wishes = [(d.index, d.item.draft_tokens) for d in drafting]
         draws = self._maker.draws([d.row() for d in drafting], wishes, generator)
-        for d, drafted in zip(drafting, self._runner.draft(batch, draws, self._columns), strict=True):
-            d.take(drafted, self._token_ids)
+        drafted = self._runner.draft(batch, draws, self._columns, kept)
+        for d, own in zip(drafting, drafted, strict=True):
+            d.take(own, self._token_ids)
 
 
 class _Drafting:

@@ -105,7 +105,7 @@ class NativeEngine:
             )
         assert self._engine is not None
         self._engine.check(request)
-        stream = QueueStream(lambda: self.cancel(request.id), request.n)
+        stream = QueueStream(lambda: self.cancel(request.id), request.n, whole=not request.streams)
         with self._wake:
             if request.id in self._streams:
                 raise InvalidRequestError(f"request id {request.id!r} is already in use")
@@ -188,12 +188,12 @@ class NativeEngine:
         self._loads, self._kv_usage = engine.loads(), engine.kv_usage()
 
     def _deliver(self, events: list[tuple[str, TokenEvent]]) -> None:
-        """Hand a step's events to their streams, one wake-up per event loop."""
+        """Hand a step's events to their streams, one wake-up per event loop that has something to do."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[QueueStream, TokenEvent]]] = {}
         for request_id, event in events:
             stream = self._streams.get(request_id)
-            if stream is not None:
-                by_loop.setdefault(stream.loop, []).append((stream, event))
+            if stream is not None and (due := stream.due(event)):
+                by_loop.setdefault(stream.loop, []).extend((stream, one) for one in due)
         for loop, pairs in by_loop.items():
             _call(loop, _put_all, pairs)
 

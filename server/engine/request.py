@@ -77,7 +77,9 @@ class SteeringParams:
 class Request:
     """One prompt with ``n`` choices for one served model; ids are within the model's vocabulary.
 
-    ``continues_text``: the output goes on with the prompt's text (completions), so a leading space counts.
+    Attributes:
+        continues_text: the output goes on with the prompt's text (completions), so a leading space counts.
+        streams: whether events are wanted as they come; else an engine may keep them until the last choice has ended.
     """
 
     id: str
@@ -88,6 +90,7 @@ class Request:
     n: int = 1
     continues_text: bool = False
     steering: SteeringParams = SteeringParams()
+    streams: bool = True
 
 
 @dataclass(frozen=True, slots=True)

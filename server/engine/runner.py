@@ -4,6 +4,7 @@ A runner owns weights and KV views, and nothing about requests.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -64,6 +65,22 @@ class StateReader(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class KeptStates:
+    """The states before a batch's rows, which a draft reads as the batch's features.
+
+    Attributes:
+        spans: as for ``StateReader.read_states``, one per sequence of the batch.
+    """
+
+    target: StateReader
+    spans: Sequence[SequenceRows]
+
+    def read(self) -> Tensor:
+        """fp32 [rows, hidden]."""
+        return self.target.read_states(self.spans)
+
+
 @runtime_checkable
 class FeatureRunner(Protocol):
     """A draft that reads states: its batches carry features."""
@@ -83,7 +100,9 @@ class BlockDrafter(Protocol):
     vocab_ids: Tensor | None
     vocab_size: int
 
-    def draft(self, batch: Batch, draws: Sequence[Draw], columns: int) -> list[Drafted]:
+    def draft(
+        self, batch: Batch, draws: Sequence[Draw], columns: int, kept: KeptStates | None = None
+    ) -> list[Drafted]:
         """Run the batch, then one row per drafting sequence and forward.
 
         Args:
@@ -91,6 +110,7 @@ class BlockDrafter(Protocol):
             draws: the drafting sequences, in the order of ``batch.wanted``; blocks have room for all but the last
                 draft token.
             columns: logits that may be drawn, the first ones.
+            kept: the batch's features, for a draft that reads states.
 
         Returns:
             Draft tokens per drafting sequence.

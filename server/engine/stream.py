@@ -4,7 +4,7 @@ Knows neither engine: an engine gives it a way to cancel, and puts events or the
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from paceline.server.engine.request import TokenEvent
 from paceline.server.errors import PacelineError
@@ -18,12 +18,23 @@ class QueueStream:
     Args:
         close: told once nobody listens any more, be it that all choices have ended; may be called repeatedly.
         choices: how many final events there will be.
+        whole: whether the reader has no use for events before the last of them.
     """
 
-    def __init__(self, close: Callable[[], None], choices: int) -> None:
+    def __init__(self, close: Callable[[], None], choices: int, *, whole: bool = False) -> None:
         self.loop = asyncio.get_running_loop()
         self._close, self._open_choices = close, choices
+        self._kept: list[TokenEvent] | None = [] if whole else None
+        self._unfinished = choices
         self._queue: asyncio.Queue[TokenEvent | PacelineError] = asyncio.Queue()
+
+    def due(self, event: TokenEvent) -> Sequence[TokenEvent]:
+        """What is to be put now that there is a further event: that one, or all at the end. For one thread only."""
+        if self._kept is None:
+            return (event,)
+        self._kept.append(event)
+        self._unfinished -= event.finish_reason is not None
+        return () if self._unfinished else self._kept
 
     def put(self, item: TokenEvent | PacelineError) -> None:
         """Add an event, or the error that the reader gets in place of further events."""

@@ -30,6 +30,17 @@ void take_tokens(std::vector<Active> &active, std::vector<Drawer> &drawers, floa
     });
 }
 
+// What the target kept of the positions before the batch's rows.
+std::vector<float> states_before(const pl_batch &rows, const pl_draft &d) {
+    std::vector<float> states((size_t)rows.rows * d.target->hidden);
+    std::vector<int32_t> starts(rows.start, rows.start + rows.sequences);
+    for (int32_t &start : starts) start--;
+    pl_batch before = rows;
+    before.start = starts.data(), before.table_start = d.target_table_start, before.tables = d.target_tables;
+    pl_read_states(d.target, &before, states.data());
+    return states;
+}
+
 }  // namespace
 
 int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_draft *d, pl_pool *pool, int32_t isa) {
@@ -40,7 +51,7 @@ int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_d
         std::vector<float> logits((size_t)n * model->head.out);
         const bool reads_states = model->fc.out > 0;
         const int64_t hidden = model->hidden;
-        std::vector<float> states(reads_states ? n * hidden : 0), features(states.size());
+        std::vector<float> states(reads_states ? n * hidden : 0), features(states.size()), before;
         std::vector<int32_t> tokens(n), rows(n), ones(n, 1), starts(n), table_starts(n);
         std::vector<Active> active;
         std::vector<Drawer> drawers;
@@ -53,6 +64,7 @@ int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_d
         pl_batch batch = *first;
         batch.logits = logits.data();
         batch.states = reads_states ? states.data() : nullptr;
+        if (d->target) before = states_before(*first, *d), batch.features = before.data();
         for (int32_t step = 0; !active.empty(); step++) {
             const pl_batch *now = &batch;
             const int32_t status = pl_forward(&model, &now, 1, pool, isa);

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "kernel_table.h"
+#include "weights.h"
 
 // SplitMix64's finaliser: server/decoding/noise.py absorbs seed and choice with it, this file the position.
 inline uint64_t mix64(uint64_t word) {
@@ -23,6 +23,7 @@ public:
         // All memory is taken here: choosing runs on the pool's threads, where nothing could be done about its lack.
         edits_.reserve(how.edits + how.length);
         if (how.mode == PL_SEEDED) weights_.resize(columns), noise_.resize(columns);
+        if (how.mode == PL_SAMPLED) sums_.resize(Weights::chunks(columns));
         if (how.mode != PL_GREEDY && (cuts_k_ || cuts_p_)) order_.resize(columns);
     }
 
@@ -85,15 +86,13 @@ private:
     }
 
     // A draw by inversion of the cumulative sum; the weights become probabilities.
-    int32_t invert(float *weights, double uniform) const {
-        const double total = std::accumulate(weights, weights + columns_, 0.0);
-        const double goal = uniform * total;
-        double sum = 0.0;
-        int64_t at = 0;
-        while (at + 1 < columns_ && (sum += weights[at]) <= goal) at++;
-        const float share = (float)(1.0 / total);
-        for (int64_t i = 0; i < columns_; i++) weights[i] *= share;
-        return (int32_t)at;
+    int32_t invert(float *values, double uniform) {
+        const Weights weights{values, sums_.data(), columns_};
+        kernels_.add_up(values, columns_, weights.sums);
+        const int32_t at = weights.draw(uniform);
+        const float share = (float)(1.0 / weights.total());
+        for (int64_t i = 0; i < columns_; i++) values[i] *= share;
+        return at;
     }
 
     // The argmax of scores + noise among what has weight.
@@ -111,6 +110,6 @@ private:
     const int32_t *vocab_ids_;
     const KernelTable &kernels_;
     const bool cuts_k_, cuts_p_;
-    std::vector<float> weights_, noise_;
+    std::vector<float> weights_, noise_, sums_;
     std::vector<int32_t> order_;
 };

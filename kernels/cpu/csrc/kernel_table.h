@@ -69,6 +69,8 @@ struct KernelTable {
     void (*gumbel)(uint64_t key, const int32_t *ids, int64_t n, float *out);
     // out = e^(x - max x), and the sums of chunks of PL_SUM_CHUNK of them.
     void (*softmax_weights)(const float *x, int64_t n, float *out, float *sums);
+    // The sums of chunks of x.
+    void (*add_up)(const float *x, int64_t n, float *sums);
     // out = (x - top) * scale; and out = e^x.
     void (*rescale)(const float *x, int64_t n, float top, float scale, float *out);
     void (*exp)(const float *x, int64_t n, float *out);

@@ -19,6 +19,6 @@ static void read(const uint8_t *memory, int64_t bytes) {
     (void)sink;
 }
 
-#define PL_TABLE {linear_tiles, rms_scale, prepare_row, quantize, store_state, norm, rotate, store_key, store_value, attend, argmax, read, gumbel, softmax_weights, rescale, exp}
+#define PL_TABLE {linear_tiles, rms_scale, prepare_row, quantize, store_state, norm, rotate, store_key, store_value, attend, argmax, read, gumbel, softmax_weights, add_up, rescale, exp}
 
 }  // namespace PL_ISA_NS

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define PL_ABI_VERSION 10
+#define PL_ABI_VERSION 11
 #define PL_LANES 16  // output rows per weight tile, positions per K tile
 #define PL_GROUP 64  // inputs that share one activation scale (int8)
 #define PL_MOST_TOGETHER 8  // models in one forward
@@ -114,6 +114,8 @@ typedef struct {
     int32_t stride;
     const pl_draw *draw;  // [drafts]
     int32_t *tokens;      // [drafts][stride] out, token ids
+    const pl_model *target;  // kept the states before the batch's rows, which are their features; NULL: the batch has them
+    const int32_t *target_table_start, *target_tables;  // its blocks, by sequence of the batch
 } pl_draft;
 
 // A block of draft tokens of an unseeded sampled choice, with the target's scores: row first_row + j is the position after
@@ -144,8 +146,8 @@ PL_API int32_t pl_forward(const pl_model *const *models, const pl_batch *const *
                           int32_t isa);
 
 // Drafts: runs the batch, then one row per drafting sequence and forward until all lengths are reached. K and V
-// of all but each sequence's last draft token are written. A draft with an fc gets the batch's features from the caller;
-// later rows read the state of the row before. Returns as pl_forward.
+// of all but each sequence's last draft token are written. A draft with an fc gets the batch's features from the caller
+// or from its target; later rows read the state of the row before. Returns as pl_forward.
 PL_API int32_t pl_draft_blocks(const pl_model *model, const pl_batch *first, const pl_draft *draft, pl_pool *pool,
                                int32_t isa);
 

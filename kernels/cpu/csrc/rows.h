@@ -115,10 +115,11 @@ static void exp(const float *x, int64_t n, float *out) {
 }
 
 static float greatest(const float *x, int64_t n) {
-    F best = set1(-INFINITY);
+    F best[4] = {set1(-INFINITY), set1(-INFINITY), set1(-INFINITY), set1(-INFINITY)};
     int64_t i = 0;
-    for (; i + 16 <= n; i += 16) best = max(best, load(x + i));
-    float top = reduce_max(best);
+    for (; i + 64 <= n; i += 64)
+        for (int j = 0; j < 4; j++) best[j] = max(best[j], load(x + i + 16 * j));
+    float top = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
     for (; i < n; i++) top = x[i] > top ? x[i] : top;
     return top;
 }
@@ -145,9 +146,27 @@ static void softmax_weights(const float *x, int64_t n, float *out, float *sums) 
     }
 }
 
+static void add_up(const float *x, int64_t n, float *sums) {
+    for (int64_t begin = 0; begin < n; begin += PL_SUM_CHUNK) {
+        const int64_t end = begin + PL_SUM_CHUNK < n ? begin + PL_SUM_CHUNK : n;
+        F even = set1(0.0f), odd = even;
+        int64_t i = begin;
+        for (; i + 32 <= end; i += 32) even = add(even, load(x + i)), odd = add(odd, load(x + i + 16));
+        float total = reduce_add(add(even, odd));
+        for (; i < end; i++) total += x[i];
+        sums[begin / PL_SUM_CHUNK] = total;
+    }
+}
+
+// The first of the greatest, sought in the first chunk that has one.
 static int32_t argmax(const float *x, int64_t n) {
-    const float top = greatest(x, n);
-    for (int64_t i = 0; i < n; i++)
+    float top = -INFINITY;
+    int64_t chunk = 0;
+    for (int64_t begin = 0; begin < n; begin += PL_SUM_CHUNK) {
+        const float best = greatest(x + begin, begin + PL_SUM_CHUNK < n ? PL_SUM_CHUNK : n - begin);
+        if (best > top) top = best, chunk = begin;
+    }
+    for (int64_t i = chunk; i < n; i++)
         if (x[i] == top) return (int32_t)i;
     return 0;
 }

@@ -6,50 +6,13 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "weights.h"
 
 namespace {
 
-constexpr int64_t kChunk = PL_SUM_CHUNK;
-
-// One row of the target: p = weights / total, with the sums of its chunks for drawing by inversion.
-struct Row {
+// One row of the target: p = weights / total.
+struct Row : Weights {
     const float *scores;
-    float *weights, *sums;
-    int64_t n;
-
-    int64_t chunks() const { return (n + kChunk - 1) / kChunk; }
-
-    double total() const {
-        double sum = 0.0;
-        for (int64_t c = 0; c < chunks(); c++) sum += sums[c];
-        return sum;
-    }
-
-    void add_up(int64_t chunk) {
-        double sum = 0.0;
-        for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); i++) sum += weights[i];
-        sums[chunk] = (float)sum;
-    }
-
-    // The first index whose cumulative sum exceeds uniform * total; never one of weight zero.
-    int32_t draw(double uniform) const {
-        double left = uniform * total();
-        int64_t chunk = 0;
-        for (int64_t c = 0; c < chunks(); c++) {
-            if (sums[c] <= 0.0f) continue;
-            chunk = c;
-            if (left < sums[c]) break;
-            left -= sums[c];
-        }
-        int64_t index = chunk * kChunk;
-        for (int64_t i = chunk * kChunk; i < std::min(n, (chunk + 1) * kChunk); i++) {
-            if (weights[i] <= 0.0f) continue;
-            index = i;
-            if (left < weights[i]) break;
-            left -= weights[i];
-        }
-        return (int32_t)index;
-    }
 };
 
 // One block, its rows' weights made: K + 1 of them.
@@ -66,7 +29,7 @@ public:
     }
 
 private:
-    double p(int32_t i, int32_t token) const { return rows_[i].weights[token] / rows_[i].total(); }
+    double p(int32_t i, int32_t token) const { return rows_[i].values[token] / rows_[i].total(); }
 
     // Ids that q of position i may be positive at, and its values there.
     int64_t width() const { return b_.q ? b_.width : 1; }
@@ -116,7 +79,7 @@ private:
         const double share = scale / rows_[i].total();
         double inside = 0.0, above = 0.0;
         for (int64_t c = 0; c < width(); c++) {
-            const double target = share * rows_[i].weights[id(i, c)];
+            const double target = share * rows_[i].values[id(i, c)];
             inside += target;
             above += std::max(target - q_at(i, c), 0.0);
         }
@@ -129,11 +92,11 @@ private:
         const int32_t i = b_.accepted;
         const double unit = row.total() / scale;
         for (int64_t c = 0; c < width(); c++) {
-            float &weight = row.weights[id(i, c)];
+            float &weight = row.values[id(i, c)];
             weight = (float)std::max(weight - q_at(i, c) * unit, 0.0);
         }
-        for (int64_t c = 0; c < row.chunks(); c++) row.add_up(c);
-        if (row.total() <= 0.0) kernels_.softmax_weights(row.scores, row.n, row.weights, row.sums);
+        kernels_.add_up(row.values, row.n, row.sums);
+        if (row.total() <= 0.0) kernels_.softmax_weights(row.scores, row.n, row.values, row.sums);
     }
 
     pl_block &b_;
@@ -151,21 +114,21 @@ int32_t pl_verify(const float *scores, int64_t vocab, pl_block *blocks, int32_t 
         thread_local std::vector<float> weights, sums;  // kept: one thread verifies, step after step
         std::vector<Row> rows;
         std::vector<int32_t> firsts;
-        const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+        const int64_t chunks = Weights::chunks(vocab);
         for (int32_t b = 0; b < count; b++) {
             firsts.push_back((int32_t)rows.size());
             for (int32_t i = 0; i <= blocks[b].length; i++)
-                rows.push_back({scores + (blocks[b].first_row + i) * vocab, nullptr, nullptr, vocab});
+                rows.push_back({{nullptr, nullptr, vocab}, scores + (blocks[b].first_row + i) * vocab});
         }
         weights.resize(std::max(weights.size(), rows.size() * vocab));
         sums.resize(std::max(sums.size(), rows.size() * chunks));
         for (size_t i = 0; i < rows.size(); i++) {
-            rows[i].weights = weights.data() + i * vocab;
+            rows[i].values = weights.data() + i * vocab;
             rows[i].sums = sums.data() + i * chunks;
         }
         pool->run([&](Worker &worker) {
             worker.each_item((int)rows.size(), [&](int i) {
-                kernels->softmax_weights(rows[i].scores, vocab, rows[i].weights, rows[i].sums);
+                kernels->softmax_weights(rows[i].scores, vocab, rows[i].values, rows[i].sums);
             });
             worker.each_item(count, [&](int b) {
                 Verification(blocks[b], rows.data() + firsts[b], *kernels).run(by_block);

@@ -259,3 +259,10 @@ def test_an_oversized_upload_gets_its_answer(url: str) -> None:
     response = httpx.post(url + "/v1/completions", content=b"x" * (6 * 1024 * 1024))
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "payload_too_large"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_engine_is_told_who_reads_events_as_they_come(path: str, url: str, engine: FakeEngine) -> None:
+    stream(url, path)
+    httpx.post(url + path, json=BODIES[path])
+    assert [request.streams for request in engine.submitted] == [True, False]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from paceline.server.config.schema import EngineConfig, PacelineConfig
 from paceline.server.engine.build import build_native
 from paceline.server.engine.native import BuiltEngine, NativeEngine
 from paceline.server.engine.request import Request, TokenEvent
+from paceline.server.engine.stream import QueueStream
 from paceline.server.errors import EngineError, ModelNotFoundError, QueueFullError, UnavailableError
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -46,6 +48,33 @@ def test_concurrent_requests_equal_their_solo_runs(build):
             assert ids(await collect(engine, again)) == ids(events)
         await engine.stop()
         assert engine.state == "stopped"
+
+    asyncio.run(main())
+
+
+def test_a_request_that_does_not_stream_gets_its_events_all_at_once(build):
+    """The same ones; its event loop is left alone until then, whatever streams beside it."""
+
+    async def main() -> None:
+        engine = NativeEngine(build, max_queued_requests=100)
+        await engine.start()
+        streamed = request([5, 6, 7], n=2, max_tokens=40, ignore_eos=True, temperature=1.0, seed=3)
+        whole = replace(streamed, id="whole", streams=False)
+        expected = await collect(engine, streamed)
+        stream, seen = engine.submit(whole), 0
+        async for _ in engine.submit(replace(streamed, id="beside", n=1)):
+            assert isinstance(stream, QueueStream)
+            assert stream._queue.qsize() in (0, len(expected))
+            seen += stream._queue.qsize() == 0
+        assert seen > 5
+        events = [event async for event in stream]
+        for choice in range(2):
+            assert ids([e for e in events if e.choice == choice]) == ids(
+                [e for e in expected if e.choice == choice]
+            )
+        assert len(events) == len(expected) > 10
+        await until(lambda: engine.kv_usage() == 0)
+        await engine.stop()
 
     asyncio.run(main())
 

@@ -149,6 +149,28 @@ def test_a_greedy_block_is_drafted_as_step_by_step(isa, format, ids, tiny_checkp
     assert len({token for block in blocks for token in block}) > 3
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_reads_the_states_that_its_target_kept(isa, kv_dtype, tiny_checkpoint, tmp_path):
+    """As if they had been read first: from the start and from the middle, tables of both in any order."""
+    folder = tiny_checkpoint("llama")
+    plan = draft_plan(write_feature_draft(tmp_path / "draft", folder), folder, "fp32")
+    target = keeping(load_plan(folder, "fp32"), isa, kv_dtype)
+    kept = [[6, 1, 3], [5, 0]]
+    target.forward(TOKENS + TOKENS[:20], [(0, 45, 0, kept[0]), (45, 20, 0, kept[1])], [])
+    tokens, draws = TOKENS[30:] + TOKENS[:20], [Draw(0, 4), Draw(1, 3)]
+    spans: list[Span] = [(0, 15, 30, [2, 0, 4]), (15, 20, 0, [1, 3])]
+    first: list[Span] = [(0, 30, 0, [2, 0, 4])]
+    blocks = []
+    for native in (False, True):
+        ex = keeping(plan, isa, kv_dtype, states=False)
+        ex.forward(TOKENS[:30], first, [], features=target.read_states([(0, 30, -1, kept[0])]))
+        read = target.read_states([(0, 15, 29, kept[0]), (15, 20, -1, kept[1])])
+        given = {"kept": (target, kept)} if native else {"features": read}
+        blocks.append(ex.draft(tokens, spans, [14, 34], draws, **given))
+    assert blocks[0] == blocks[1]
+    assert len({token for block in blocks[0] for token in block.tokens}) > 2
+
+
 def test_configurations_say_whether_states_are_read(tiny_checkpoint, tmp_path):
     target = tiny_checkpoint("llama")
     folder = write_feature_draft(tmp_path / "draft", target)
