@@ -5,7 +5,7 @@
 #include <numeric>
 #include <vector>
 
-#include "weights.h"
+#include "categorical.h"
 
 // SplitMix64's finaliser: server/decoding/noise.py absorbs seed and choice with it, this file the position.
 inline uint64_t mix64(uint64_t word) {
@@ -23,7 +23,7 @@ public:
         // All memory is taken here: choosing runs on the pool's threads, where nothing could be done about its lack.
         edits_.reserve(how.edits + how.length);
         if (how.mode == PL_SEEDED) weights_.resize(columns), noise_.resize(columns);
-        if (how.mode == PL_SAMPLED) sums_.resize(Weights::chunks(columns));
+        if (how.mode == PL_SAMPLED) sums_.resize(Categorical::chunks(columns));
         if (how.mode != PL_GREEDY && (cuts_k_ || cuts_p_)) order_.resize(columns);
     }
 
@@ -86,12 +86,12 @@ private:
     }
 
     // A draw by inversion of the cumulative sum; the weights become probabilities.
-    int32_t invert(float *values, double uniform) {
-        const Weights weights{values, sums_.data(), columns_};
-        kernels_.add_up(values, columns_, weights.sums);
-        const int32_t at = weights.draw(uniform);
-        const float share = (float)(1.0 / weights.total());
-        for (int64_t i = 0; i < columns_; i++) values[i] *= share;
+    int32_t invert(float *weights, double uniform) {
+        const Categorical q{weights, sums_.data(), columns_};
+        kernels_.add_up(weights, columns_, q.sums);
+        const int32_t at = q.draw(uniform);
+        const float share = (float)(1.0 / q.total());
+        for (int64_t i = 0; i < columns_; i++) weights[i] *= share;
         return at;
     }
 

@@ -4,14 +4,14 @@
 #include <new>
 #include <vector>
 
+#include "categorical.h"
 #include "isa.h"
 #include "pool.h"
-#include "weights.h"
 
 namespace {
 
 // One row of the target: p = weights / total.
-struct Row : Weights {
+struct Row : Categorical {
     const float *scores;
 };
 
@@ -29,7 +29,7 @@ public:
     }
 
 private:
-    double p(int32_t i, int32_t token) const { return rows_[i].values[token] / rows_[i].total(); }
+    double p(int32_t i, int32_t token) const { return rows_[i].weights[token] / rows_[i].total(); }
 
     // Ids that q of position i may be positive at, and its values there.
     int64_t width() const { return b_.q ? b_.width : 1; }
@@ -79,7 +79,7 @@ private:
         const double share = scale / rows_[i].total();
         double inside = 0.0, above = 0.0;
         for (int64_t c = 0; c < width(); c++) {
-            const double target = share * rows_[i].values[id(i, c)];
+            const double target = share * rows_[i].weights[id(i, c)];
             inside += target;
             above += std::max(target - q_at(i, c), 0.0);
         }
@@ -92,11 +92,11 @@ private:
         const int32_t i = b_.accepted;
         const double unit = row.total() / scale;
         for (int64_t c = 0; c < width(); c++) {
-            float &weight = row.values[id(i, c)];
+            float &weight = row.weights[id(i, c)];
             weight = (float)std::max(weight - q_at(i, c) * unit, 0.0);
         }
-        kernels_.add_up(row.values, row.n, row.sums);
-        if (row.total() <= 0.0) kernels_.softmax_weights(row.scores, row.n, row.values, row.sums);
+        kernels_.add_up(row.weights, row.n, row.sums);
+        if (row.total() <= 0.0) kernels_.softmax_weights(row.scores, row.n, row.weights, row.sums);
     }
 
     pl_block &b_;
@@ -114,7 +114,7 @@ int32_t pl_verify(const float *scores, int64_t vocab, pl_block *blocks, int32_t 
         thread_local std::vector<float> weights, sums;  // kept: one thread verifies, step after step
         std::vector<Row> rows;
         std::vector<int32_t> firsts;
-        const int64_t chunks = Weights::chunks(vocab);
+        const int64_t chunks = Categorical::chunks(vocab);
         for (int32_t b = 0; b < count; b++) {
             firsts.push_back((int32_t)rows.size());
             for (int32_t i = 0; i <= blocks[b].length; i++)
@@ -123,12 +123,12 @@ int32_t pl_verify(const float *scores, int64_t vocab, pl_block *blocks, int32_t 
         weights.resize(std::max(weights.size(), rows.size() * vocab));
         sums.resize(std::max(sums.size(), rows.size() * chunks));
         for (size_t i = 0; i < rows.size(); i++) {
-            rows[i].values = weights.data() + i * vocab;
+            rows[i].weights = weights.data() + i * vocab;
             rows[i].sums = sums.data() + i * chunks;
         }
         pool->run([&](Worker &worker) {
             worker.each_item((int)rows.size(), [&](int i) {
-                kernels->softmax_weights(rows[i].scores, vocab, rows[i].values, rows[i].sums);
+                kernels->softmax_weights(rows[i].scores, vocab, rows[i].weights, rows[i].sums);
             });
             worker.each_item(count, [&](int b) {
                 Verification(blocks[b], rows.data() + firsts[b], *kernels).run(by_block);

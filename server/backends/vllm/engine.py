@@ -177,13 +177,12 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """See ``AsyncEngine.stop``."""
-        error: PacelineError = UnavailableError(
-            "the server has stopped", code="stopped", retry_after_seconds=10
-        )
-        if self.state == "failed":  # noticed here before vLLM has told every stream
+        error: PacelineError
+        if self.state == "failed":  # maybe before vLLM has told every stream
             error = EngineError("the engine has failed; see the log")
         else:
             self._state = "stopped"
+            error = UnavailableError("the server has stopped", code="stopped", retry_after_seconds=10)
         streams, tasks = list(self._streams.values()), [t for own in self._tasks.values() for t in own]
         for request_id in list(self._streams):
             self.cancel(request_id)

@@ -18,6 +18,7 @@ from paceline.server.errors import (
     ContextLengthError,
     EngineError,
     InvalidRequestError,
+    PacelineError,
     QueueFullError,
     UnavailableError,
     UserError,
@@ -193,16 +194,21 @@ def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
     assert events[-1].finish_reason == "stop"
 
 
-def test_stopping_ends_streams_and_processes() -> None:
+@pytest.mark.parametrize(
+    ("errored", "state", "error"), [(False, "stopped", UnavailableError), (True, "failed", EngineError)]
+)
+def test_stopping_ends_streams_and_processes(errored: bool, state: str, error: type[PacelineError]) -> None:
+    """A core that has died is a failure to whoever still waits, also where stopping is the first to notice."""
     llm = FakeLlm(HELLO)
     llm.hold.clear()
 
     async def stop(engine: VllmEngine) -> None:
         stream = engine.submit(request())
         await asyncio.sleep(0)
+        llm.errored = errored
         await engine.stop()
-        assert engine.state == "stopped"
-        with pytest.raises(UnavailableError):
+        assert engine.state == state
+        with pytest.raises(error):
             await anext(stream)
 
     with_engine(llm, stop)
@@ -241,22 +247,6 @@ def test_a_dead_core_fails_the_engine() -> None:
 
     with_engine(llm, die_running)
     with_engine(llm, die)
-
-
-def test_stopping_after_the_core_has_died_is_a_failure_to_whoever_still_waits() -> None:
-    llm = FakeLlm(HELLO)
-    llm.hold.clear()
-
-    async def die_and_stop(engine: VllmEngine) -> None:
-        stream = engine.submit(request())
-        await asyncio.sleep(0)
-        llm.errored = True
-        await engine.stop()
-        assert engine.state == "failed"
-        with pytest.raises(EngineError):
-            await anext(stream)
-
-    with_engine(llm, die_and_stop)
 
 
 def test_what_can_never_run_is_refused_at_once() -> None:

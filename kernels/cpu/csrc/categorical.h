@@ -1,11 +1,11 @@
-// Weights that a token is drawn from, with the sums of their chunks.
+// The categorical distribution that a token is drawn from, not normalised, with the sums of its chunks.
 #pragma once
 #include <algorithm>
 
 #include "kernel_table.h"
 
-struct Weights {
-    float *values, *sums;  // [n], [chunks(n)]
+struct Categorical {
+    float *weights, *sums;  // [n], [chunks(n)]
     int64_t n;
 
     static int64_t chunks(int64_t n) { return (n + PL_SUM_CHUNK - 1) / PL_SUM_CHUNK; }
@@ -28,10 +28,10 @@ struct Weights {
         }
         int64_t index = chunk * PL_SUM_CHUNK;
         for (int64_t i = index; i < std::min(n, (chunk + 1) * PL_SUM_CHUNK); i++) {
-            if (values[i] <= 0.0f) continue;
+            if (weights[i] <= 0.0f) continue;
             index = i;
-            if (left < values[i]) break;
-            left -= values[i];
+            if (left < weights[i]) break;
+            left -= weights[i];
         }
         return (int32_t)index;
     }
