@@ -82,6 +82,14 @@ def draft(
         int,
         typer.Option(min=0, help="Timed rounds with and without speculation; 0 measures acceptance only."),
     ] = 3,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DRAFT",
+            help="Another draft, timed in every round as well: how much faster is the first? Default: none.",
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[str, typer.Option(help="auto, fp32, bf16 or int8, as in paceline serve.")] = "auto",
     threads: Annotated[str, typer.Option(help="CPU threads; auto takes the physical cores.")] = "auto",
     output: Annotated[
@@ -95,7 +103,8 @@ def draft(
 ) -> None:
     """Measure a draft: acceptance, tokens per forward, and speed against no speculation.
 
-    Runs the serving engine on prompts that no training may see. Ctrl-C reports the rounds that are finished.
+    Runs the serving engine on prompts that no training may see; two drafts run in the same one, by turns. Ctrl-C
+    reports the rounds that are finished.
     """
     from paceline.draftmodels.evaluate import prompts as held_out
     from paceline.draftmodels.evaluate.plan import Plan, check_sampling, make_config
@@ -116,7 +125,8 @@ def draft(
             "policy": policy.value,
             "weights": weights,
             "threads": threads,
-        }
+        },
+        against,
     )
     plan = Plan(config, prompts, limit, max_tokens, temperatures, seed, streams, rounds)
     chosen = held_out.read(prompts, load_tokenizer(resolve(config.models[0].target)), limit)
@@ -144,7 +154,7 @@ def _run(plan: "Plan", prompts: "list[Prompt]", *, output: Path | None, records:
         interrupted = True
     length, seeded = plan.speculation.max_draft_tokens, plan.seed is not None
     results = [summarize(measured, length, seeded=seeded) for measured in outcome.measured]
-    setting = describe(plan, prompts, outcome.model)
+    setting = describe(plan, prompts, outcome.model, outcome.against)
     report = to_json(setting, results, interrupted=interrupted)
     _print(report, setting, results, as_json=as_json)
     if output is not None and results:

@@ -6,8 +6,8 @@ Python. A figure without anything to count is None.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, replace
+from statistics import mean, median, stdev
 
 from paceline.draftmodels.evaluate.answers import Answer, Block, Pass
 
@@ -75,18 +75,44 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Against:
+    """Another draft, and how much faster than it the draft serves.
+
+    Attributes:
+        group: the other draft's own figures.
+        ratios: of each round, the draft's tokens per second over the other draft's.
+        ratio: their mean; None without a timed round.
+        standard_error: of that mean; None with fewer than two.
+    """
+
+    group: Group
+    ratios: tuple[float, ...]
+    ratio: float | None
+    standard_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Everything about one temperature.
 
     Attributes:
-        same_text: (prompts whose text was the same with and without speculation, prompts compared), where they must
-            agree: greedy or seeded. None elsewhere, or without a timed round.
+        same_text: (prompts whose text was the same with and without speculation, whoever drafted, prompts compared),
+            where they must agree: greedy or seeded. None elsewhere, or without a timed round.
     """
 
     temperature: float
     total: Group
     categories: dict[str, Group]
     same_text: tuple[int, int] | None
+    against: Against | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """The finished passes of the draft that is compared with: the examined one, and one timed pass per round."""
+
+    examined: Pass
+    timed: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +122,14 @@ class Measured:
     temperature: float
     examined: Pass
     rounds: tuple[tuple[Pass, Pass], ...]
+    rival: Rival | None = None
+
+    def with_round(self, on: Pass, off: Pass, rival: Pass | None) -> "Measured":
+        """One more round; ``rival`` is the other draft's pass, where there is another."""
+        others = self.rival
+        if others is not None and rival is not None:
+            others = replace(others, timed=(*others.timed, rival))
+        return replace(self, rounds=(*self.rounds, (on, off)), rival=others)
 
 
 def summarize(measured: Measured, max_draft_tokens: int, *, seeded: bool) -> Result:
@@ -103,6 +137,7 @@ def summarize(measured: Measured, max_draft_tokens: int, *, seeded: bool) -> Res
     answers, rounds = measured.examined.answers, measured.rounds
     names = list(dict.fromkeys(answer.category for answer in answers))
     exact = bool(rounds) and (measured.temperature == 0 or seeded)
+    rival = measured.rival
     return Result(
         measured.temperature,
         Group(acceptance(answers, max_draft_tokens), _speed(rounds, None)),
@@ -112,7 +147,21 @@ def summarize(measured: Measured, max_draft_tokens: int, *, seeded: bool) -> Res
             )
             for name in names
         },
-        _same_text(*rounds[0]) if exact else None,
+        _same_text(*rounds[0], *(rival.timed[:1] if rival else ())) if exact else None,
+        None if rival is None else _against(rival, rounds, max_draft_tokens),
+    )
+
+
+def _against(rival: Rival, rounds: Sequence[tuple[Pass, Pass]], max_draft_tokens: int) -> Against:
+    own = [(other, off) for other, (_, off) in zip(rival.timed, rounds, strict=True)]
+    ratios = [
+        _rate(on, None) / _rate(other, None) for other, (on, _) in zip(rival.timed, rounds, strict=True)
+    ]
+    return Against(
+        Group(acceptance(rival.examined.answers, max_draft_tokens), _speed(own, None)),
+        tuple(ratios),
+        mean(ratios) if ratios else None,
+        stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None,
     )
 
 
@@ -200,9 +249,9 @@ def _rate(one: Pass, category: str | None) -> float:
     return sum(len(a.tokens) for a in mine) / sum(a.seconds for a in mine)
 
 
-def _same_text(on: Pass, off: Pass) -> tuple[int, int]:
-    pairs = list(zip(on.answers, off.answers, strict=True))
-    return sum(a.tokens == b.tokens for a, b in pairs), len(pairs)
+def _same_text(*passes: Pass) -> tuple[int, int]:
+    texts = [{answer.tokens for answer in own} for own in zip(*(one.answers for one in passes), strict=True)]
+    return sum(len(own) == 1 for own in texts), len(texts)
 
 
 def _ratio(part: int, whole: int) -> float | None:

@@ -1,7 +1,8 @@
-"""Passes over the prompts through the serving engine, with and without speculation.
+"""Passes over the prompts through the serving engine, with and without speculation, and with another draft.
 
-Per temperature one pass is examined and not timed; it also warms up. Then come timed rounds of two passes each, with
-speculation and without, whose order alternates. Owns the engine's life. Knows nothing of figures and tables.
+Per temperature and draft one pass is examined and not timed; it also warms up. Then come timed rounds of a pass each,
+with speculation and without, whose order alternates; another draft's pass stands between them. Owns the engine's life.
+Knows nothing of figures and tables.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate.answers import Pass
 from paceline.draftmodels.evaluate.asking import Asker, Unobserved
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
-from paceline.draftmodels.evaluate.figures import Measured
+from paceline.draftmodels.evaluate.figures import Measured, Rival
 from paceline.draftmodels.evaluate.plan import Plan
 from paceline.draftmodels.evaluate.progress import Progress, progress
 from paceline.server.engine.build import build_engine
@@ -27,10 +28,12 @@ class Outcome:
     """What has been measured so far; filled pass by pass, so that it survives an interruption.
 
     Attributes:
-        measured: temperatures whose examined pass is finished, with the timed rounds that are.
+        model, against: with the draft, and with the one it is compared with.
+        measured: temperatures whose examined passes are finished, with the timed rounds that are.
     """
 
     model: ModelInfo | None = None
+    against: ModelInfo | None = None
     measured: list[Measured] = field(default_factory=list)
 
 
@@ -45,12 +48,14 @@ async def measure(plan: Plan, prompts: Sequence[Prompt], outcome: Outcome) -> No
     engine = build_engine(plan.config, Unobserved(), examiner)
     await engine.start()
     try:
-        (outcome.model,) = engine.models.values()
-        if outcome.model.default_draft is None:
-            raise ConfigError("--draft auto: no draft comes with Paceline for this target; name one")
-        _check_lengths(prompts, plan, outcome.model)
+        model, *others = engine.models.values()
+        for option, served in zip(("--draft", "--against"), (model, *others), strict=False):
+            if served.default_draft is None:
+                raise ConfigError(f"{option} auto: no draft comes with Paceline for this target; name one")
+        _check_lengths(prompts, plan, model)
+        outcome.model, outcome.against = model, others[0] if others else None
         with progress(plan.passes * len(prompts)) as shown:
-            passes = _Passes(engine, outcome.model, examiner, plan, prompts, shown)
+            passes = _Passes(engine, model, outcome.against, examiner, plan, prompts, shown)
             for temperature in plan.temperatures:
                 await passes.measure(temperature, outcome)
     finally:
@@ -71,43 +76,64 @@ class _Passes:
         self,
         engine: AsyncEngine,
         model: ModelInfo,
+        against: ModelInfo | None,
         examiner: BlockExaminer,
         plan: Plan,
         prompts: Sequence[Prompt],
         shown: Progress,
     ) -> None:
-        self._asker, self._model, self._examiner = Asker(engine, examiner, shown), model, examiner
+        self._asker, self._examiner = Asker(engine, examiner, shown), examiner
+        self._model, self._against = model, against
         self._plan, self._prompts = plan, prompts
         self._ids = itertools.count()
 
     async def measure(self, temperature: float, outcome: Outcome) -> None:
         """All passes at one temperature."""
-        self._examiner.wants_overlaps = True
-        examined = await self._run(temperature, f"T={temperature:g} acceptance", speculates=True)
-        self._examiner.wants_overlaps = False
-        outcome.measured.append(Measured(temperature, examined, ()))
-        rounds: list[tuple[Pass, Pass]] = []
+        examined = await self._examine(self._model, temperature, "acceptance")
+        rival = None
+        if self._against is not None:
+            rival = Rival(await self._examine(self._against, temperature, "acceptance of the other draft"))
+        measured = Measured(temperature, examined, (), rival)
+        outcome.measured.append(measured)
         for number in range(self._plan.rounds):
             label = f"T={temperature:g} round {number + 1}/{self._plan.rounds}"
-            done: dict[bool, Pass] = {}
-            for speculates in (True, False) if number % 2 == 0 else (False, True):
-                name = f"{label} {'with' if speculates else 'without'}"
-                done[speculates] = await self._run(temperature, name, speculates=speculates)
-            rounds.append((done[True], done[False]))
-            outcome.measured[-1] = Measured(temperature, examined, tuple(rounds))
+            measured = await self._time(measured, label, backwards=number % 2 == 1)
+            outcome.measured[-1] = measured
 
-    async def _run(self, temperature: float, label: str, *, speculates: bool) -> Pass:
+    async def _examine(self, model: ModelInfo, temperature: float, what: str) -> Pass:
+        self._examiner.wants_overlaps = True
+        examined = await self._run(model, temperature, f"T={temperature:g} {what}")
+        self._examiner.wants_overlaps = False
+        return examined
+
+    async def _time(self, measured: Measured, label: str, *, backwards: bool) -> Measured:
+        """One more round. The other draft is next to both, and in the middle of either order."""
+        turns = [("with", self._model, True), ("without", self._model, False)]
+        if self._against is not None:
+            turns.insert(1, ("with the other", self._against, True))
+        done: dict[str, Pass] = {}
+        for name, model, speculates in reversed(turns) if backwards else turns:
+            done[name] = await self._run(
+                model, measured.temperature, f"{label} {name}", speculates=speculates
+            )
+        return measured.with_round(done["with"], done["without"], done.get("with the other"))
+
+    async def _run(
+        self, model: ModelInfo, temperature: float, label: str, *, speculates: bool = True
+    ) -> Pass:
         requests = [
-            (self._request(index, prompt, temperature, speculates), prompt.category)
+            (self._request(index, prompt, model, temperature, speculates), prompt.category)
             for index, prompt in enumerate(self._prompts)
         ]
         return await self._asker.run(requests, self._plan.streams, label)
 
-    def _request(self, index: int, prompt: Prompt, temperature: float, speculates: bool) -> Request:
+    def _request(
+        self, index: int, prompt: Prompt, model: ModelInfo, temperature: float, speculates: bool
+    ) -> Request:
         seed = self._plan.seed
         return Request(
             f"evaluate-{next(self._ids)}",
-            self._model.name,
+            model.name,
             prompt.tokens,
             SamplingParams(
                 max_tokens=self._plan.max_tokens,
@@ -115,5 +141,5 @@ class _Passes:
                 seed=None if seed is None else seed + index,
             ),
             SpeculationParams(enabled=speculates),
-            steering=SteeringParams(prompts=member_prompts(prompt.tokens, self._model)),
+            steering=SteeringParams(prompts=member_prompts(prompt.tokens, model)),
         )

@@ -15,16 +15,17 @@ _HOTTEST = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A checked measurement of one draft.
+    """A checked measurement of one draft, or of two by turns.
 
     Attributes:
-        config: resolved; one model that speculates, without prefix caching, so that every pass pays for its prompts.
+        config: resolved; one model that speculates, and perhaps the same with another draft; without prefix caching, so
+            that every pass pays for its prompts.
         prompts: path, or ``built-in``.
         limit: most prompts to take.
         temperatures: each different.
         seed: prompt i is sampled with seed + i; None is unseeded.
         streams: requests in flight.
-        rounds: timed pairs of passes, with and without speculation; 0 measures acceptance only.
+        rounds: of timed passes, with and without speculation and with the other draft; 0 measures acceptance only.
     """
 
     config: PacelineConfig
@@ -48,23 +49,41 @@ class Plan:
         return self.speculation.draft
 
     @property
+    def against(self) -> str | None:
+        """Reference of the draft that takes turns with it."""
+        return self.config.models[1].speculation.draft if len(self.config.models) > 1 else None
+
+    @property
     def passes(self) -> int:
         """How often every prompt is answered."""
-        return len(self.temperatures) * (1 + 2 * self.rounds)
+        drafts = len(self.config.models)
+        return len(self.temperatures) * (drafts + (drafts + 1) * self.rounds)
 
 
-def make_config(flags: Mapping[str, str | None]) -> PacelineConfig:
+def make_config(flags: Mapping[str, str | None], against: str | None = None) -> PacelineConfig:
     """The server's own configuration for these flags, environment variables included, but without prefix caching.
+
+    Args:
+        against: another draft, which a second model speculates with; the first's weights are its own, too.
 
     Raises:
         ConfigError: a bad value, or no draft.
     """
-    config = (
-        _configured(flags) if is_configured(flags["model"] or "") else load_config(None, os.environ, flags)
-    )
+    config = _of_one(flags)
     if config.models[0].speculation.draft is None:
         raise ConfigError("--draft none leaves nothing to measure; name a draft model, or ngram")
+    if against is not None:
+        (other,) = _of_one({**flags, "draft": against}).models
+        if other.speculation.draft is None:
+            raise ConfigError("--against none: no speculation is timed anyway; name a draft, or leave it out")
+        config = replace(config, models=(*config.models, replace(other, name=f"{other.name} against")))
     return resolve(replace(config, engine=replace(config.engine, prefix_caching=False)))
+
+
+def _of_one(flags: Mapping[str, str | None]) -> PacelineConfig:
+    if is_configured(flags["model"] or ""):
+        return _configured(flags)
+    return load_config(None, os.environ, flags)
 
 
 def _configured(flags: Mapping[str, str | None]) -> PacelineConfig:

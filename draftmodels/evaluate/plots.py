@@ -55,6 +55,9 @@ def _positions(axes: "Axes", result: Mapping[str, Any]) -> None:
     line = _line(axes, total["alpha_per_position"], f"{label}, accepted / examined", "-")
     if result["temperature"]:
         _line(axes, total["overlap_per_position"], f"{label}, sum min(p, q)", "--", color=line)
+    if result["against"]:
+        other = result["against"]["group"]["alpha_per_position"]
+        _line(axes, other, f"{label}, the other draft", ":", color=line)
 
 
 def _line(axes: "Axes", values: Sequence[float | None], label: str, style: str, color: Any = None) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from paceline.draftmodels.evaluate.figures import Group, Result
+from paceline.draftmodels.evaluate.figures import Against, Group, Result
 from paceline.draftmodels.evaluate.setting import headline
 from paceline.draftmodels.evaluate.tables import number, plain_table
 from paceline.server.errors import ConfigError
@@ -38,7 +38,12 @@ def _result(result: Result) -> dict[str, Any]:
         "total": _group(result.total),
         "categories": {name: _group(group) for name, group in result.categories.items()},
         "same_text": None if same is None else {"equal": same[0], "compared": same[1]},
+        "against": None if result.against is None else _against(result.against),
     }
+
+
+def _against(against: Against) -> dict[str, Any]:
+    return asdict(against) | {"group": _group(against.group)}
 
 
 def _group(group: Group) -> dict[str, Any]:
@@ -58,7 +63,7 @@ def print_report(console: Console, setting: Mapping[str, Any], results: Sequence
 
 
 def _table(result: Result) -> Table:
-    """One row per category and one for everything."""
+    """One row per category, one for everything, and one for everything with the other draft."""
     names = ("n", "tokens", "alpha", "tau", "tau~", "accepted", "off t/s", "on t/s", "speed-up")
     table = plain_table(f"T = {result.temperature:g}", *names, rows="category")
     shown = result.categories if len(result.categories) > 1 else {}
@@ -67,6 +72,8 @@ def _table(result: Result) -> Table:
     if shown:
         table.add_section()
     table.add_row("total", *_cells(result.total))
+    if result.against is not None:
+        table.add_row("against", *_cells(result.against.group))
     return table
 
 
@@ -87,6 +94,8 @@ def _cells(group: Group) -> Iterator[str]:
 
 def _details(result: Result) -> Iterator[str]:
     own = result.total.acceptance
+    if result.against is not None and result.against.ratio is not None:
+        yield f"  faster than the other draft:       {_ratio(result.against)}"
     yield f"  accepted / examined, per position: {_numbers(own.alpha_per_position)}"
     if result.temperature:
         yield f"  sum min(p, q), per position:       {_numbers(own.overlap_per_position)}"
@@ -97,6 +106,12 @@ def _details(result: Result) -> Iterator[str]:
         yield f"  draft tokens by source:            {sources}"
     if result.same_text is not None:
         yield f"  same text with and without:        {result.same_text[0]} of {result.same_text[1]}"
+
+
+def _ratio(against: Against) -> str:
+    error = "" if against.standard_error is None else f" +- {against.standard_error:.3f}"
+    rounds = " ".join(f"{ratio:.2f}" for ratio in against.ratios)
+    return f"{number(against.ratio, 3)}x{error} (rounds {rounds})"
 
 
 def _numbers(values: Sequence[float | None]) -> str:

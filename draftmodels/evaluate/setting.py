@@ -13,13 +13,16 @@ from paceline.draftmodels.provenance import provenance
 from paceline.server.engine.interface import ModelInfo
 
 
-def describe(plan: Plan, prompts: Sequence[Prompt], model: ModelInfo | None) -> dict[str, Any]:
-    """The setting as JSON; ``model`` None if it was not loaded before an interruption."""
+def describe(
+    plan: Plan, prompts: Sequence[Prompt], model: ModelInfo | None, against: ModelInfo | None = None
+) -> dict[str, Any]:
+    """The setting as JSON; ``model``, and ``against``, None if they were not loaded before an interruption."""
     spec, engine = plan.config.models[0], plan.config.engine
     return {
         "target": spec.target,
         "steering": [asdict(pair) for pair in spec.steering],
         "draft": plan.draft,
+        "against": plan.against,
         "dataset": dataset(plan.prompts),
         "split": split(plan),
         "n_prompts": len(prompts),
@@ -32,7 +35,7 @@ def describe(plan: Plan, prompts: Sequence[Prompt], model: ModelInfo | None) -> 
         "streams": plan.streams,
         "rounds": plan.rounds,
         "weights": spec.weights,
-        "weights_loaded": None if model is None else _loaded(model),
+        "weights_loaded": None if model is None else _loaded(model, against),
         "chat_template": None if model is None else model.tokenizer.has_chat_template,
         "prefix_caching": engine.prefix_caching,
         "device": engine.device,
@@ -54,8 +57,9 @@ def headline(setting: Mapping[str, Any]) -> list[str]:
     formats = ", ".join(f"{who} {what}" for who, what in loaded.items())
     steered = [pair["name"] for pair in setting["steering"]]
     target = f"{setting['target']}{' steered by ' * bool(steered)}{', '.join(steered)}"
+    against = "" if setting["against"] is None else f" against {setting['against']}"
     return [
-        f"{target} with draft {setting['draft']}",
+        f"{target} with draft {setting['draft']}{against}",
         f"{setting['dataset']} ({setting['split']}), {setting['n_prompts']} prompts, at most {setting['max_tokens']} "
         f"tokens each, {setting['streams']} stream(s), {seed}",
         f"{setting['max_draft_tokens']} draft tokens ({setting['policy']}), verify {setting['verify']}, "
@@ -64,10 +68,16 @@ def headline(setting: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _loaded(model: ModelInfo) -> dict[str, str]:
+def _loaded(model: ModelInfo, against: ModelInfo | None) -> dict[str, str]:
     """Format and kernels that run: what follows the hash in the weights' keys."""
-    formats = [key.rpartition("/")[2] for key in model.weights_keys]
-    return dict(zip(("target", "draft"), formats, strict=False))
+    formats = dict(zip(("target", "draft"), map(_format, model.weights_keys), strict=False))
+    if against is not None and len(against.weights_keys) > 1:
+        formats["against"] = _format(against.weights_keys[1])
+    return formats
+
+
+def _format(weights_key: str) -> str:
+    return weights_key.rpartition("/")[2]
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -13,8 +13,11 @@ from typer.testing import CliRunner, Result
 
 from paceline.clients import console
 from paceline.draftmodels.cut import cut_draft
+from paceline.draftmodels.evaluate.answers import Pass
+from paceline.draftmodels.evaluate.asking import Asker
 from paceline.draftmodels.evaluate.cli import app
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
+from paceline.server.engine.request import Request
 from paceline.server.models.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -175,6 +178,61 @@ def test_timed_passes_do_not_pay_for_looking(
     assert wanted == [True] * 4 + [False] * 8
 
 
+def test_another_draft_takes_turns_with_the_first(
+    target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, passes = Asker.run, []
+
+    async def noting(self: Asker, requests: Sequence[tuple[Request, str]], streams: int, label: str) -> Pass:
+        ((model, speculates),) = {(request.model, request.speculation.enabled) for request, _ in requests}
+        passes.append((label, model.endswith(" against"), speculates))
+        return await run(self, requests, streams, label)
+
+    monkeypatch.setattr(Asker, "run", noting)
+    found = report(
+        target, "--draft", target, "--against", near, "--prompts", prompts, "--max-tokens", WHOLE_BLOCKS,
+        "--rounds", 2, "--temperature", 0,
+    )  # fmt: skip
+
+    assert passes == [
+        ("T=0 acceptance", False, True),
+        ("T=0 acceptance of the other draft", True, True),
+        ("T=0 round 1/2 with", False, True),
+        ("T=0 round 1/2 with the other", True, True),
+        ("T=0 round 1/2 without", False, False),
+        ("T=0 round 2/2 without", False, False),
+        ("T=0 round 2/2 with the other", True, True),
+        ("T=0 round 2/2 with", False, True),
+    ]
+    assert (found["setting"]["draft"], found["setting"]["against"]) == (str(target), str(near))
+    assert list(found["setting"]["weights_loaded"]) == ["target", "draft", "against"]
+    (result,) = found["temperatures"]
+    against = result["against"]
+    check_sums(against["group"])
+    assert result["total"]["tau"] == LENGTH + 1
+    assert 1 < against["group"]["tau"] < LENGTH + 1
+    assert len(against["ratios"]) == len(against["group"]["speed"]["rounds"]) == 2
+    first, other = result["total"]["speed"]["rounds"], against["group"]["speed"]["rounds"]
+    assert against["ratios"] == pytest.approx([a[0] / b[0] for a, b in zip(first, other, strict=True)])
+    assert [a[1] for a in first] == [b[1] for b in other], "both are compared with the same passes without"
+    assert result["same_text"] == {"equal": 4, "compared": 4}
+
+
+def test_a_comparison_has_its_rows_in_table_and_picture(target: Path, near: Path, tmp_path: Path) -> None:
+    done = evaluate(
+        target, "--draft", "ngram", "--against", near, "--limit", 2, "--max-tokens", 6, "--rounds", 2,
+        "--output", tmp_path / "out", *FAST[:-1],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert f"with draft ngram against {near}" in done.stdout
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("against ") for line in lines) == 2
+    assert sum(line.startswith("  faster than the other draft:") and " +- " in line for line in lines) == 2
+    assert (tmp_path / "out" / "report.png").exists()
+    loaded = json.loads((tmp_path / "out" / "report.json").read_text())["setting"]["weights_loaded"]
+    assert list(loaded) == ["target", "against"]
+
+
 def test_tables_fit_80_columns_and_files_are_written(target: Path, near: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = (target, "--draft", near, "--limit", 7, "--max-tokens", 6, "--rounds", 1, *FAST[:-1])
@@ -274,6 +332,9 @@ def test_an_interruption_reports_the_finished_rounds(
 WRONG = [
     (("--draft", "no-such-draft"), 1, "no model named 'no-such-draft'"),
     (("--draft", "none"), 2, "--draft none leaves nothing to measure"),
+    (("--draft", "ngram", "--against", "none"), 2, "--against none: no speculation is timed anyway"),
+    (("--draft", "ngram", "--against", "auto"), 2, "--against auto: no draft comes with Paceline"),
+    (("--draft", "ngram", "--against", "no-such-draft"), 1, "no model named 'no-such-draft'"),
     (("--draft", "ngram", "--temperature", "3"), 2, "--temperature 3 is not between 0 and 2"),
     (("--draft", "ngram", "--temperature", "1", "--temperature", "1"), 2, "names the same value twice"),
     (("--draft", "ngram", "--temperature", "0", "--seed", "1"), 2, "--seed does nothing at temperature 0"),

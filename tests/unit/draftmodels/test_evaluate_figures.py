@@ -8,7 +8,7 @@ import pytest
 
 from paceline.draftmodels.data.prompts import Prompt
 from paceline.draftmodels.evaluate.answers import Answer, Block, Pass
-from paceline.draftmodels.evaluate.figures import Measured, acceptance, expected_tokens, summarize
+from paceline.draftmodels.evaluate.figures import Measured, Rival, acceptance, expected_tokens, summarize
 from paceline.draftmodels.evaluate.prompts import BUILT_IN, dataset, read
 
 #: Two blocks: 1 of 3 accepted (two positions examined), and 2 of 2 (both examined).
@@ -75,6 +75,38 @@ def test_speed_is_the_median_over_rounds_of_paired_ratios_per_category_and_in_to
     assert category.rounds[0] == pytest.approx((10.0, 10 / 1.5))
     assert category.speedup == 2.0
     assert result.same_text == (2, 2)
+
+
+def test_a_draft_is_compared_with_another_by_the_mean_ratio_of_their_rounds() -> None:
+    def one(seconds: float, tokens: int = 10) -> Pass:
+        return Pass((answer("a", tokens, 9, seconds),), seconds)
+
+    measured = Measured(0.0, one(9.0), (), Rival(Pass((answer("a", 7, 3, blocks=BLOCKS),), 9.0)))
+    untimed = summarize(measured, 3, seeded=False).against
+    assert untimed is not None
+    assert (untimed.ratio, untimed.standard_error, untimed.group.speed) == (None, None, None)
+
+    # The draft takes 1 s and 2 s, the other one 1.25 s and 4 s, none 2 s and 4 s.
+    measured = measured.with_round(one(1.0), one(2.0), one(1.25)).with_round(one(2.0), one(4.0), one(4.0))
+    result = summarize(measured, 3, seeded=False)
+    found = result.against
+    assert found is not None
+    assert found.ratios == (1.25, 2.0)
+    assert (found.ratio, found.standard_error) == pytest.approx((1.625, 0.375))
+    assert found.group.acceptance.acceptance_histogram == (0, 1, 1, 0)
+    assert found.group.speed is not None
+    assert found.group.speed.rounds == ((8.0, 5.0), (2.5, 2.5))
+    assert result.total.speed is not None
+    assert result.total.speed.speedup == 2.0
+    assert result.same_text == (1, 1)
+
+
+def test_the_other_draft_must_not_change_the_text_either() -> None:
+    def one(tokens: int) -> Pass:
+        return Pass((answer("a", tokens, 4),), 1.0)
+
+    measured = Measured(0.0, one(5), (), Rival(one(5))).with_round(one(5), one(5), one(6))
+    assert summarize(measured, 2, seeded=False).same_text == (0, 1)
 
 
 def test_equal_texts_are_compared_only_where_they_must_be_equal() -> None:
