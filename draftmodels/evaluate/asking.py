@@ -44,6 +44,29 @@ class Asker:
         seconds = time.perf_counter() - started
         return Pass(tuple(answers[index] for index in range(len(requests))), seconds)
 
+    async def run_by_turns(
+        self, turns: Sequence[Sequence[tuple[Request, str]]], label: str, *, backwards: bool
+    ) -> tuple[Pass, ...]:
+        """One pass each of several variants, one stream: a prompt is asked of all of them before the next one is.
+
+        What a machine's speed does from one minute to the next is then the same for all variants.
+
+        Args:
+            turns: each variant's requests, for the same prompts in the same order.
+            backwards: ask the last variant first at the first prompt; the order is reversed from prompt to prompt.
+
+        Returns:
+            The passes in the order of ``turns``; their seconds are the sums of their answers'.
+        """
+        self._shown.start(label)
+        answers: tuple[list[Answer], ...] = tuple([] for _ in turns)
+        for index, asked in enumerate(zip(*turns, strict=True)):
+            order = list(zip(answers, asked, strict=True))
+            for own, (request, category) in reversed(order) if backwards != (index % 2 == 1) else order:
+                own.append(await self._ask(index, request, category))
+                self._shown.add(len(own[-1].tokens))
+        return tuple(Pass(tuple(own), sum(answer.seconds for answer in own)) for own in answers)
+
     async def _ask(self, index: int, request: Request, category: str) -> Answer:
         started = time.perf_counter()
         events, times = [], []

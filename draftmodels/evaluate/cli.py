@@ -103,8 +103,8 @@ def draft(
 ) -> None:
     """Measure a draft: acceptance, tokens per forward, and speed against no speculation.
 
-    Runs the serving engine on prompts that no training may see; two drafts run in the same one, by turns. Ctrl-C
-    reports the rounds that are finished.
+    Runs the serving engine on prompts that no training may see; two drafts run in the same one. What is timed takes
+    turns: one stream within each prompt, several pass by pass. Ctrl-C reports the rounds that are finished.
     """
     from paceline.draftmodels.evaluate import prompts as held_out
     from paceline.draftmodels.evaluate.plan import Plan, check_sampling, make_config

@@ -1,8 +1,8 @@
 """Passes over the prompts through the serving engine, with and without speculation, and with another draft.
 
 Per temperature and draft one pass is examined and not timed; it also warms up. Then come timed rounds of a pass each,
-with speculation and without, whose order alternates; another draft's pass stands between them. Owns the engine's life.
-Knows nothing of figures and tables.
+with speculation and without, and with another draft between them. One stream takes these turns within each prompt,
+several within each round; the order alternates. Owns the engine's life. Knows nothing of figures and tables.
 """
 
 import itertools
@@ -102,7 +102,8 @@ class _Passes:
 
     async def _examine(self, model: ModelInfo, temperature: float, what: str) -> Pass:
         self._examiner.wants_overlaps = True
-        examined = await self._run(model, temperature, f"T={temperature:g} {what}")
+        requests = self._requests(temperature, model)
+        examined = await self._asker.run(requests, self._plan.streams, f"T={temperature:g} {what}")
         self._examiner.wants_overlaps = False
         return examined
 
@@ -111,21 +112,31 @@ class _Passes:
         turns = [("with", self._model, True), ("without", self._model, False)]
         if self._against is not None:
             turns.insert(1, ("with the other", self._against, True))
-        done: dict[str, Pass] = {}
-        for name, model, speculates in reversed(turns) if backwards else turns:
-            done[name] = await self._run(
-                model, measured.temperature, f"{label} {name}", speculates=speculates
-            )
-        return measured.with_round(done["with"], done["without"], done.get("with the other"))
+        asked = {
+            name: self._requests(measured.temperature, model, speculates) for name, model, speculates in turns
+        }
+        if self._plan.turns_within == "prompt":
+            on, *other, off = await self._asker.run_by_turns(list(asked.values()), label, backwards=backwards)
+        else:
+            on, *other, off = await self._one_by_one(asked, label, backwards=backwards)
+        return measured.with_round(on, off, other[0] if other else None)
 
-    async def _run(
-        self, model: ModelInfo, temperature: float, label: str, *, speculates: bool = True
-    ) -> Pass:
-        requests = [
+    async def _one_by_one(
+        self, asked: dict[str, list[tuple[Request, str]]], label: str, *, backwards: bool
+    ) -> list[Pass]:
+        """Whole passes, in the order of ``asked``, whatever order they ran in."""
+        done: dict[str, Pass] = {}
+        for name in reversed(asked) if backwards else asked:
+            done[name] = await self._asker.run(asked[name], self._plan.streams, f"{label} {name}")
+        return [done[name] for name in asked]
+
+    def _requests(
+        self, temperature: float, model: ModelInfo, speculates: bool = True
+    ) -> list[tuple[Request, str]]:
+        return [
             (self._request(index, prompt, model, temperature, speculates), prompt.category)
             for index, prompt in enumerate(self._prompts)
         ]
-        return await self._asker.run(requests, self._plan.streams, label)
 
     def _request(
         self, index: int, prompt: Prompt, model: ModelInfo, temperature: float, speculates: bool

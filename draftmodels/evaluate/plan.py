@@ -54,6 +54,11 @@ class Plan:
         return self.config.models[1].speculation.draft if len(self.config.models) > 1 else None
 
     @property
+    def turns_within(self) -> str:
+        """Where the variants take turns: within each ``prompt`` (one stream), or pass by pass within each ``round``."""
+        return "prompt" if self.streams == 1 else "round"
+
+    @property
     def passes(self) -> int:
         """How often every prompt is answered."""
         drafts = len(self.config.models)
@@ -69,24 +74,25 @@ def make_config(flags: Mapping[str, str | None], against: str | None = None) -> 
     Raises:
         ConfigError: a bad value, or no draft.
     """
-    config = _of_one(flags)
+    config = _of_one(flags, "--draft")
     if config.models[0].speculation.draft is None:
         raise ConfigError("--draft none leaves nothing to measure; name a draft model, or ngram")
     if against is not None:
-        (other,) = _of_one({**flags, "draft": against}).models
+        (other,) = _of_one({**flags, "draft": against}, "--against").models
         if other.speculation.draft is None:
             raise ConfigError("--against none: no speculation is timed anyway; name a draft, or leave it out")
         config = replace(config, models=(*config.models, replace(other, name=f"{other.name} against")))
     return resolve(replace(config, engine=replace(config.engine, prefix_caching=False)))
 
 
-def _of_one(flags: Mapping[str, str | None]) -> PacelineConfig:
+def _of_one(flags: Mapping[str, str | None], option: str) -> PacelineConfig:
+    """The configuration for a draft that ``option`` named."""
     if is_configured(flags["model"] or ""):
-        return _configured(flags)
+        return _configured(flags, option)
     return load_config(None, os.environ, flags)
 
 
-def _configured(flags: Mapping[str, str | None]) -> PacelineConfig:
+def _configured(flags: Mapping[str, str | None], option: str) -> PacelineConfig:
     """A model of a configuration file, with the speculation that flags ask for in place of its own."""
     spec = target_spec(flags["model"] or "")
     expert = flags["draft"] == EXPERT_DRAFT
@@ -95,7 +101,7 @@ def _configured(flags: Mapping[str, str | None]) -> PacelineConfig:
     )
     (given,) = config.models
     if expert and not any(pair.expert for pair in spec.steering):
-        raise ConfigError(f"--draft expert: no pair with an expert steers the model {spec.name}")
+        raise ConfigError(f"{option} expert: no pair with an expert steers the model {spec.name}")
     speculation = replace(given.speculation, draft=EXPERT_DRAFT) if expert else given.speculation
     weights = spec.weights if given.weights == "auto" else given.weights
     return replace(config, models=(replace(spec, weights=weights, speculation=speculation),))

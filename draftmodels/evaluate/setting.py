@@ -34,6 +34,7 @@ def describe(
         "seed": plan.seed,
         "streams": plan.streams,
         "rounds": plan.rounds,
+        "turns_within": plan.turns_within,
         "weights": spec.weights,
         "weights_loaded": None if model is None else _loaded(model, against),
         "chat_template": None if model is None else model.tokenizer.has_chat_template,
@@ -63,7 +64,8 @@ def headline(setting: Mapping[str, Any]) -> list[str]:
         f"{setting['dataset']} ({setting['split']}), {setting['n_prompts']} prompts, at most {setting['max_tokens']} "
         f"tokens each, {setting['streams']} stream(s), {seed}",
         f"{setting['max_draft_tokens']} draft tokens ({setting['policy']}), verify {setting['verify']}, "
-        f"{setting['rounds']} timed rounds with and without, no prefix caching",
+        f"{setting['rounds']} timed rounds with and without, turns within each {setting['turns_within']}, "
+        "no prefix caching",
         f"weights {setting['weights']} ({formats}), {setting['threads']} threads, {setting['cpu']}",
     ]
 

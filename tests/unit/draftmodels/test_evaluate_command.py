@@ -17,6 +17,8 @@ from paceline.draftmodels.evaluate.answers import Pass
 from paceline.draftmodels.evaluate.asking import Asker
 from paceline.draftmodels.evaluate.cli import app
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
+from paceline.server.engine.interface import EventStream
+from paceline.server.engine.native import NativeEngine
 from paceline.server.engine.request import Request
 from paceline.server.models.manifest import read_manifest
 
@@ -178,7 +180,7 @@ def test_timed_passes_do_not_pay_for_looking(
     assert wanted == [True] * 4 + [False] * 8
 
 
-def test_another_draft_takes_turns_with_the_first(
+def test_another_draft_takes_turns_with_the_first_in_passes_of_several_streams(
     target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, passes = Asker.run, []
@@ -191,7 +193,7 @@ def test_another_draft_takes_turns_with_the_first(
     monkeypatch.setattr(Asker, "run", noting)
     found = report(
         target, "--draft", target, "--against", near, "--prompts", prompts, "--max-tokens", WHOLE_BLOCKS,
-        "--rounds", 2, "--temperature", 0,
+        "--rounds", 2, "--temperature", 0, "--streams", 2,
     )  # fmt: skip
 
     assert passes == [
@@ -205,6 +207,7 @@ def test_another_draft_takes_turns_with_the_first(
         ("T=0 round 2/2 with", False, True),
     ]
     assert (found["setting"]["draft"], found["setting"]["against"]) == (str(target), str(near))
+    assert found["setting"]["turns_within"] == "round"
     assert list(found["setting"]["weights_loaded"]) == ["target", "draft", "against"]
     (result,) = found["temperatures"]
     against = result["against"]
@@ -215,6 +218,35 @@ def test_another_draft_takes_turns_with_the_first(
     first, other = result["total"]["speed"]["rounds"], against["group"]["speed"]["rounds"]
     assert against["ratios"] == pytest.approx([a[0] / b[0] for a, b in zip(first, other, strict=True)])
     assert [a[1] for a in first] == [b[1] for b in other], "both are compared with the same passes without"
+    assert result["same_text"] == {"equal": 4, "compared": 4}
+
+
+def test_one_stream_takes_its_turns_within_each_prompt(
+    target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, asked = NativeEngine.submit, []
+
+    def noting(self: NativeEngine, request: Request) -> EventStream:
+        speculates = "other" if request.model.endswith(" against") else "on"
+        asked.append((request.prompt_ids, speculates if request.speculation.enabled else "off"))
+        return submit(self, request)
+
+    monkeypatch.setattr(NativeEngine, "submit", noting)
+    found = report(
+        target, "--draft", target, "--against", near, "--prompts", prompts, "--max-tokens", WHOLE_BLOCKS,
+        "--rounds", 2, "--temperature", 0,
+    )  # fmt: skip
+
+    examined, timed = asked[: 2 * 4], asked[2 * 4 :]
+    texts = [prompt for prompt, _ in examined[:4]]
+    assert [prompt for prompt, _ in timed] == [text for text in (*texts, *texts) for _ in range(3)]
+    there, back = ["on", "other", "off"], ["off", "other", "on"]
+    assert [who for _, who in timed] == (there + back) * 2 + (back + there) * 2
+    assert found["setting"]["turns_within"] == "prompt"
+    (result,) = found["temperatures"]
+    assert result["total"]["speed"]["tau"] == LENGTH + 1, "answers went to the variant that gave them"
+    assert 1 < result["against"]["group"]["speed"]["tau"] < LENGTH + 1
+    assert len(result["against"]["ratios"]) == 2
     assert result["same_text"] == {"equal": 4, "compared": 4}
 
 
@@ -309,7 +341,7 @@ def test_figures_go_into_the_manifest_and_replace_those_of_the_same_setting(
 def test_an_interruption_reports_the_finished_rounds(
     target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C in the fourth pass, that is in round 2 of the first temperature."""
+    """Ctrl-C in round 2 of the first temperature."""
     take, taken = BlockExaminer.take, []
 
     def interrupting(self: BlockExaminer, request_id: str) -> object:

@@ -310,6 +310,10 @@ def test_the_expert_as_draft_is_measured_on_the_steered_model(steered: Steered, 
     assert set(found["temperatures"][0]["total"]["drafted_by_source"]) == {"expert"}
     with pytest.raises(ConfigError, match="no pair with an expert steers the model plain"):
         evaluate_draft(steered().replace(":tiny", ":plain"), "expert", write_prompts(tmp_path))
+    with pytest.raises(ConfigError, match="--against expert: no pair with an expert"):
+        evaluate_draft(
+            steered().replace(":tiny", ":plain"), "ngram", write_prompts(tmp_path), "--against", "expert"
+        )
 
 
 def test_a_feature_draft_reads_the_bases_states(steered: Steered, tmp_path: Path) -> None:
