@@ -18,6 +18,8 @@ from paceline.server.errors import ConfigError
 
 #: Unless the recipe says otherwise.
 DEFAULT_SECONDS = 20 * 60.0
+#: Peak learning rates. At that of a new draft a trained one forgets first (DESIGN.md, a draft for a student).
+_LR, _TRAINED_LR = 2e-3, 4e-4
 #: What a resumed job may have otherwise than before.
 _CHANGEABLE = ("max_time", "max_tokens", "max_steps", "patience", "threads")
 
@@ -100,7 +102,11 @@ class Recipe:
         low=0,
         high=1,
     )
-    lr: float = key_field("Peak learning rate.", 2e-3, above=0)
+    lr: float | None = key_field(
+        f"Peak learning rate; auto: {_LR:g}, or {_TRAINED_LR:g} where init is a trained draft or model.",
+        None,
+        above=0,
+    )
     warmup: float = key_field("Share of the budget in which the rate rises.", 0.03, low=0, high=0.5)
     final_lr: float = key_field("Rate at the end, as a share of the peak.", 0.1, low=0, high=1)
     weight_decay: float = key_field("AdamW's weight decay of matrices.", 0.0, low=0)
@@ -132,6 +138,13 @@ class Recipe:
         """Weight of each unrolled step's loss; they sum to 1."""
         raw = [self.step_decay**k for k in range(steps)]
         return tuple(weight / sum(raw) for weight in raw)
+
+    @property
+    def peak_lr(self) -> float:
+        """The rate after warming up."""
+        if self.lr is not None:
+            return self.lr
+        return _LR if self.init in ("feature", "random") or self.init.startswith("layers:") else _TRAINED_LR
 
     @property
     def from_draft(self) -> float:

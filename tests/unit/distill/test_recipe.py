@@ -14,6 +14,7 @@ from paceline.draftmodels.distill.config import (
     recipe_keys,
     resumed_recipe,
 )
+from paceline.draftmodels.distill.optim import learning_rate
 from paceline.draftmodels.jobs.budget import Budget, Patience, parse_count, parse_seconds
 from paceline.server.errors import ConfigError
 
@@ -66,6 +67,26 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, flags: dict[str, Any],
         load_recipe(write(tmp_path, text), flags)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "rate"),
+    [
+        ("", {}, 2e-3),
+        ('init = "random"', {}, 2e-3),
+        ('init = "layers:0,1"', {}, 2e-3),
+        ("", {"init": "runs/old/best"}, 4e-4),
+        ("", {"init": "runs/old/best", "lr": "0.001"}, 1e-3),
+        ("lr = 0.003", {"lr": "auto"}, 2e-3),
+    ],
+)
+def test_a_trained_draft_learns_more_slowly_unless_told(
+    tmp_path: Path, text: str, flags: dict[str, Any], rate: float
+) -> None:
+    recipe = load_recipe(write(tmp_path, text), flags)
+    assert recipe.peak_lr == rate
+    assert learning_rate(recipe, recipe.warmup) == pytest.approx(rate)
+    assert learning_rate(recipe, 1.0) == pytest.approx(rate * recipe.final_lr)
 
 
 def test_a_resumed_run_keeps_its_recipe_but_for_the_budget() -> None:
