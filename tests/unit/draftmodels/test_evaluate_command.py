@@ -8,72 +8,22 @@ from typing import Any
 
 import pytest
 from conftest import TinyCheckpoint
+from draft_evaluation import FAST, LENGTH, WHOLE_BLOCKS, check_sums, evaluate, report
 from native_drafts import write_draft, write_near_feature_draft
-from typer.testing import CliRunner, Result
 
 from paceline.clients import console
 from paceline.draftmodels.cut import cut_draft
-from paceline.draftmodels.evaluate.answers import Pass
-from paceline.draftmodels.evaluate.asking import Asker
-from paceline.draftmodels.evaluate.cli import app
 from paceline.draftmodels.evaluate.examiner import BlockExaminer
-from paceline.server.engine.interface import EventStream
-from paceline.server.engine.native import NativeEngine
-from paceline.server.engine.request import Request
 from paceline.server.models.manifest import read_manifest
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 Writer = Callable[[Path, Path], Path]
-LENGTH = 3
-#: One token from the prompt and four whole blocks.
-WHOLE_BLOCKS = 1 + 4 * (LENGTH + 1)
-FAST = ("--max-draft-tokens", str(LENGTH), "--weights", "fp32", "--threads", "1", "--json")
-
-
-@pytest.fixture
-def near(tiny_checkpoint: TinyCheckpoint) -> Path:
-    """Agrees often, but not always."""
-    return tiny_checkpoint("llama", perturb=0.05)
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "held-out.jsonl"
-    texts = ("the onion", "a tall tree", "it is here", "no one came")
-    lines = [{"prompt": text, "category": "ab"[i % 2]} for i, text in enumerate(texts)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def write_draft_of_few_ids(folder: Path, target: Path) -> Path:
     """The target's own weights, but two thirds of its ids."""
     return write_draft(folder, target, target, ids=[i for i in range(300) if i % 3], int8=True)
-
-
-def evaluate(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["draft", *map(str, arguments)], catch_exceptions=False)
-
-
-def report(*arguments: object) -> dict[str, Any]:
-    done = evaluate(*arguments, *FAST)
-    assert done.exit_code == 0, done.output
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def check_sums(group: dict[str, Any]) -> None:
-    """What every group of figures must satisfy."""
-    histogram = group["acceptance_histogram"]
-    assert len(histogram) == LENGTH + 1
-    assert sum(histogram) == group["num_spec_steps"] <= group["target_forwards"]
-    assert sum(n * count for n, count in enumerate(histogram)) == group["num_accepted_draft_tokens"]
-    assert group["tau"] * group["target_forwards"] == pytest.approx(group["n_tokens"] - group["n_prompts"])
-    kept = [sum(histogram[i + 1 :]) for i in range(LENGTH)]
-    for rate, examined, count in zip(
-        group["alpha_per_position"], group["examined_per_position"], kept, strict=True
-    ):
-        assert rate == (count / examined if examined else None)
 
 
 def add(groups: Sequence[dict[str, Any]], key: str) -> int:
@@ -178,91 +128,6 @@ def test_timed_passes_do_not_pay_for_looking(
         target, "--draft", near, "--prompts", prompts, "--max-tokens", 5, "--rounds", 1, "--temperature", 1
     )
     assert wanted == [True] * 4 + [False] * 8
-
-
-def test_another_draft_takes_turns_with_the_first_in_passes_of_several_streams(
-    target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, passes = Asker.run, []
-
-    async def noting(self: Asker, requests: Sequence[tuple[Request, str]], streams: int, label: str) -> Pass:
-        ((model, speculates),) = {(request.model, request.speculation.enabled) for request, _ in requests}
-        passes.append((label, model.endswith(" against"), speculates))
-        return await run(self, requests, streams, label)
-
-    monkeypatch.setattr(Asker, "run", noting)
-    found = report(
-        target, "--draft", target, "--against", near, "--prompts", prompts, "--max-tokens", WHOLE_BLOCKS,
-        "--rounds", 2, "--temperature", 0, "--streams", 2,
-    )  # fmt: skip
-
-    assert passes == [
-        ("T=0 acceptance", False, True),
-        ("T=0 acceptance of the other draft", True, True),
-        ("T=0 round 1/2 with", False, True),
-        ("T=0 round 1/2 with the other", True, True),
-        ("T=0 round 1/2 without", False, False),
-        ("T=0 round 2/2 without", False, False),
-        ("T=0 round 2/2 with the other", True, True),
-        ("T=0 round 2/2 with", False, True),
-    ]
-    assert (found["setting"]["draft"], found["setting"]["against"]) == (str(target), str(near))
-    assert found["setting"]["turns_within"] == "round"
-    assert list(found["setting"]["weights_loaded"]) == ["target", "draft", "against"]
-    (result,) = found["temperatures"]
-    against = result["against"]
-    check_sums(against["group"])
-    assert result["total"]["tau"] == LENGTH + 1
-    assert 1 < against["group"]["tau"] < LENGTH + 1
-    assert len(against["ratios"]) == len(against["group"]["speed"]["rounds"]) == 2
-    first, other = result["total"]["speed"]["rounds"], against["group"]["speed"]["rounds"]
-    assert against["ratios"] == pytest.approx([a[0] / b[0] for a, b in zip(first, other, strict=True)])
-    assert [a[1] for a in first] == [b[1] for b in other], "both are compared with the same passes without"
-    assert result["same_text"] == {"equal": 4, "compared": 4}
-
-
-def test_one_stream_takes_its_turns_within_each_prompt(
-    target: Path, near: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit, asked = NativeEngine.submit, []
-
-    def noting(self: NativeEngine, request: Request) -> EventStream:
-        speculates = "other" if request.model.endswith(" against") else "on"
-        asked.append((request.prompt_ids, speculates if request.speculation.enabled else "off"))
-        return submit(self, request)
-
-    monkeypatch.setattr(NativeEngine, "submit", noting)
-    found = report(
-        target, "--draft", target, "--against", near, "--prompts", prompts, "--max-tokens", WHOLE_BLOCKS,
-        "--rounds", 2, "--temperature", 0,
-    )  # fmt: skip
-
-    examined, timed = asked[: 2 * 4], asked[2 * 4 :]
-    texts = [prompt for prompt, _ in examined[:4]]
-    assert [prompt for prompt, _ in timed] == [text for text in (*texts, *texts) for _ in range(3)]
-    there, back = ["on", "other", "off"], ["off", "other", "on"]
-    assert [who for _, who in timed] == (there + back) * 2 + (back + there) * 2
-    assert found["setting"]["turns_within"] == "prompt"
-    (result,) = found["temperatures"]
-    assert result["total"]["speed"]["tau"] == LENGTH + 1, "answers went to the variant that gave them"
-    assert 1 < result["against"]["group"]["speed"]["tau"] < LENGTH + 1
-    assert len(result["against"]["ratios"]) == 2
-    assert result["same_text"] == {"equal": 4, "compared": 4}
-
-
-def test_a_comparison_has_its_rows_in_table_and_picture(target: Path, near: Path, tmp_path: Path) -> None:
-    done = evaluate(
-        target, "--draft", "ngram", "--against", near, "--limit", 2, "--max-tokens", 6, "--rounds", 2,
-        "--output", tmp_path / "out", *FAST[:-1],
-    )  # fmt: skip
-    assert done.exit_code == 0, done.output
-    assert f"with draft ngram against {near}" in done.stdout
-    lines = done.stdout.splitlines()
-    assert sum(line.startswith("against ") for line in lines) == 2
-    assert sum(line.startswith("  faster than the other draft:") and " +- " in line for line in lines) == 2
-    assert (tmp_path / "out" / "report.png").exists()
-    loaded = json.loads((tmp_path / "out" / "report.json").read_text())["setting"]["weights_loaded"]
-    assert list(loaded) == ["target", "against"]
 
 
 def test_tables_fit_80_columns_and_files_are_written(target: Path, near: Path, tmp_path: Path) -> None:
